@@ -1,0 +1,1 @@
+"""Models: made from nothing, loaded, adapted, taken apart and saved again."""
