@@ -1,0 +1,38 @@
+# Every target sets up what it needs; the set-up runs again only when what it reads has changed.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo test check setup format bench docs clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+demo: $(READY) ## Train a tiny model from nothing: fine-tuning, then reinforcement learning
+	@$(BIN)/whet demo
+
+test: $(READY) ## Run every test
+	@$(BIN)/pytest
+
+check: $(READY) ## Check format, lint, types and layers, then run every test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+	$(BIN)/pytest -q tests/test_layers.py
+	$(BIN)/pytest
+
+setup: $(READY) ## Make .venv with everything in it
+
+format: $(READY) ## Format the code and fix what the linter can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove caches and the virtual environment; runs/ stays
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints-cpu.txt scripts/setup.sh
+	@scripts/setup.sh
+	@touch $@
