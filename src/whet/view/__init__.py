@@ -1,0 +1,1 @@
+"""Views: what a run left behind, drawn for a reader."""
