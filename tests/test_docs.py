@@ -1,0 +1,197 @@
+"""What the documentation shows is true: its Python runs, its YAML loads, its commands and links exist.
+
+The blocks of one file run from top to bottom in one namespace and one empty folder. That folder holds
+`train.jsonl` and `eval.jsonl` (questions with answers) and, under each name of MODELS, a tiny model in
+the place of the one that the documentation names. A block whose first line is a comment naming a file
+(`# my_rewards.py`, `# sft.yaml`) is saved there under that name as well. `<!-- no-run: why -->` above a
+block leaves it out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from whet.config.run import RunConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+EXAMPLES = sorted(ROOT.glob("examples/**/*.yaml"))
+MODELS = ("Qwen/Qwen3-0.6B", "model")
+
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S)
+SKIPPED = re.compile(r"<!--\s*no-run:[^>]*\S\s*-->\s*$")
+FILE_NAME = re.compile(r"# ([\w/.-]+\.(?:py|yaml))\s*$", re.M)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, the line of its first line of code, its code, whether it is run."""
+
+    language: str
+    line: int
+    code: str
+    run: bool
+
+
+def blocks_of(text: str) -> list[Block]:
+    found = []
+    for match in FENCE.finditer(text):
+        indent = len(match["indent"])
+        code = "".join(line[indent:] for line in match["code"].splitlines(keepends=True))
+        line = text.count("\n", 0, match.start("code")) + 1
+        found.append(Block(match["language"], line, code, not SKIPPED.search(text[: match.start()])))
+    return found
+
+
+def blocks_to_run(page: Path, language: str) -> list[Block]:
+    return [block for block in blocks_of(page.read_text(encoding="utf-8")) if block.language == language and block.run]
+
+
+def pages_with(language: str) -> list:
+    """The pages that hold a block of that language to run, as parameters named by their path."""
+    return [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in PAGES if blocks_to_run(page, language)]
+
+
+def save_named(blocks: list[Block]) -> None:
+    for block in blocks:
+        if name := FILE_NAME.match(block.code):
+            path = Path(name[1])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block.code, encoding="utf-8")
+
+
+def run_python(page: Path) -> dict:
+    """Run the Python blocks of a page in the current folder; tracebacks show the page's own lines."""
+    save_named(blocks_to_run(page, "yaml") + blocks_to_run(page, "python"))
+    namespace = {"__name__": "__main__"}
+    for block in blocks_to_run(page, "python"):
+        exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
+    return namespace
+
+
+def settings_of(code: str) -> dict:
+    """A YAML block as a whole configuration: a block that shows one section gets a model beside it."""
+    settings = yaml.safe_load(code)
+    assert isinstance(settings, dict), "a YAML block holds a mapping"
+    return {"model": {"path": MODELS[0]}} | settings
+
+
+@pytest.fixture
+def reader(tmp_path: Path, tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder that a reader of the documentation sits in."""
+    rows = [{"prompt": f"What is {a} + {b}?", "response": str(a + b)} for a in range(6) for b in range(6)]
+    for name, part in (("train.jsonl", rows[:28]), ("eval.jsonl", rows[28:])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    for name in MODELS:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(tiny_qwen)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_python_of_the_page_runs(page: Path, reader: Path):
+    assert run_python(page)
+
+
+@pytest.mark.parametrize("page", pages_with("yaml"))
+def test_yaml_of_the_page_is_a_configuration(page: Path):
+    for block in blocks_to_run(page, "yaml"):
+        try:
+            RunConfig.model_validate(settings_of(block.code))
+        except ValueError as error:
+            pytest.fail(f"{page.name}:{block.line}: {error}")
+
+
+@pytest.mark.parametrize("example", [pytest.param(path, id=path.name) for path in EXAMPLES])
+def test_example_is_a_configuration(example: Path):
+    assert RunConfig.model_validate(yaml.safe_load(example.read_text(encoding="utf-8")))
+
+
+def code_in(text: str) -> str:
+    """All that stands in code: shell blocks and single backticks."""
+    shell = [block.code for block in blocks_of(text) if block.language in ("bash", "sh", "console", "")]
+    return "\n".join(shell + re.findall(r"`([^`\n]+)`", text))
+
+
+def named(pattern: str) -> dict[str, str]:
+    """What `pattern` finds in the code of the pages, each with one page that names it."""
+    found = {}
+    for page in PAGES:
+        for name in re.findall(pattern, code_in(page.read_text(encoding="utf-8")), re.M):
+            found[name] = page.name
+    return found
+
+
+def test_make_targets_of_the_pages_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    in_pages = named(r"(?:^|&& |\$ )make ([a-z]+)")
+    assert {"demo", "test"} <= set(in_pages)
+    assert {name: page for name, page in in_pages.items() if name not in targets} == {}
+
+
+def test_commands_of_the_pages_exist():
+    in_pages = named(r"(?:^|&& |\$ |/)whet ([a-z]+)\b(?! =)")
+    if not in_pages:
+        pytest.skip("the pages name no command of whet")
+    done = subprocess.run(
+        [sys.executable, "-m", "whet.cli", "--help"], capture_output=True, text=True, cwd=ROOT / "src", check=True
+    )
+    commands = set(re.findall(r"[a-z]+", done.stdout))
+    assert {name: page for name, page in in_pages.items() if name not in commands} == {}
+
+
+def test_links_between_the_pages_lead_somewhere():
+    dead = {}
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", FENCE.sub("", page.read_text(encoding="utf-8"))):
+            if ":" not in link and not (page.parent / link).exists():
+                dead[link] = page.name
+    assert dead == {}
+
+
+def page_of(folder: Path, text: str) -> Path:
+    page = folder / "page.md"
+    page.write_text(text, encoding="utf-8")
+    return page
+
+
+def test_blocks_share_a_namespace_and_import_the_files_they_name(reader: Path):
+    page = page_of(
+        reader,
+        "```python\n# shown_rewards.py\ndef exact(x):\n    return x\n```\n"
+        "```python\nfrom shown_rewards import exact as again\n```\n"
+        "1. indented\n   ```python\n   total = again(2) + exact(3)\n   ```\n",
+    )
+    assert run_python(page)["total"] == 5
+
+
+def test_a_failing_block_shows_its_line(reader: Path):
+    page = page_of(reader, "# Title\n\n```python\nx = 1\nraise KeyError(x)\n```\n")
+    with pytest.raises(KeyError) as failure:
+        run_python(page)
+    assert failure.traceback[-1].lineno + 1 == 5
+
+
+def test_a_block_is_left_out_only_with_a_reason():
+    shown, left_out = "```python\nx = 1\n```\n", "<!-- no-run: needs two machines -->\n\n"
+    assert [block.run for block in blocks_of(left_out + shown + "<!-- no-run: -->\n" + shown)] == [False, True]
+
+
+def test_a_misspelt_setting_in_a_block_is_found():
+    with pytest.raises(ValueError, match="optimm"):
+        RunConfig.model_validate(settings_of("optimm: {lr: 1.0e-5}\n"))
