@@ -30,14 +30,15 @@ is_recent() {
 }
 
 find_python() {
-    local candidate
+    local candidate found=""
     for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
         if is_recent "$candidate"; then
             echo "$candidate"
             return
         fi
+        command -v "$candidate" >/dev/null && found+=" $("$candidate" --version 2>&1 | head -1)"
     done
-    die "whet needs Python 3.11 or newer; found: $("${PYTHON:-python3}" --version 2>&1 || true)." \
+    die "whet needs Python 3.11 or newer; found:${found:- none}." \
         "Install one, or name it: PYTHON=/path/to/python3.11 make setup"
 }
 
