@@ -66,7 +66,7 @@ install_torch() {
     fi
     echo "Installing PyTorch $torch ($build build)"
     if [ "$build" = cpu ]; then
-        if pip install -c constraints-cpu.txt torch >"$log" 2>&1; then return; fi
+        if pip install -r constraints-cpu.txt >"$log" 2>&1; then return; fi
         grep -q "No matching distribution found for torch" "$log" || { cat "$log" >&2; exit 1; }
         echo "pip's package index has no CPU build of PyTorch: taking the default one, several gigabytes."
         echo "(To avoid that, set PIP_EXTRA_INDEX_URL to PyTorch's own index of CPU builds.)"
