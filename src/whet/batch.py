@@ -1,0 +1,235 @@
+"""Batch: logical rows that losses see, and the prefix tree that the model runs on.
+
+T tokens in N sequences in U units. All columns are about the logical rows; the tree is only a cheaper
+way to compute them. `collate` makes a batch of units, `split` and `micro_batches` cut it between units,
+`weights` says how much each value counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whet import tree
+from whet.columns import column
+from whet.errors import DataError
+from whet.tree import Tree
+from whet.types import Unit
+
+WeightKind = Literal["token", "sequence", "fixed_length", "row", "pair"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences laid end to end, grouped into units.
+
+    tokens, position_ids: [T] int64. loss_mask: [T] bool, true on trained tokens, never on the first of a
+    sequence. cu_seqlens: [N + 1] int32. unit_ids: [N] int64, ascending from 0; `unit_names` are their
+    names over the whole run. `trees` holds one prefix tree per unit.
+    """
+
+    tokens: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    loss_mask: Tensor
+    unit_ids: Tensor
+    unit_names: tuple[str, ...]
+    trees: tuple[Tree, ...]
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def num_units(self) -> int:
+        return len(self.unit_names)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """[N] tokens per sequence."""
+        return self.cu_seqlens.diff().long()
+
+    @cached_property
+    def sequence_ids(self) -> Tensor:
+        """[T] the sequence of each token."""
+        return torch.repeat_interleave(torch.arange(self.num_sequences, device=self.tokens.device), self.lengths)
+
+    @cached_property
+    def tree(self) -> Tree:
+        """The prefix trees of all units, side by side."""
+        return tree.join(self.trees)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.columns:
+            raise KeyError(f"the batch has no column {name!r}; it has {sorted(self.columns) or 'none'}")
+        return self.columns[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    def with_columns(self, **columns: Tensor) -> Batch:
+        """This batch with columns added or replaced; each must have the first dimension of its kind."""
+        sizes = {"token": self.num_tokens, "sequence": self.num_sequences, "unit": self.num_units}
+        for name, values in columns.items():
+            kind = column(name).kind
+            assert len(values) == sizes[kind], f"column {name!r} is per {kind}: {sizes[kind]} values, not {len(values)}"
+        return replace(self, columns={**self.columns, **columns})
+
+    def sum_tokens(self, values: Tensor) -> Tensor:
+        """[T] -> [N] sums over the trained tokens of each sequence."""
+        zeros = torch.zeros(self.num_sequences, dtype=values.dtype, device=values.device)
+        return zeros.index_add(0, self.sequence_ids, torch.where(self.loss_mask, values, 0))
+
+    def mean_tokens(self, values: Tensor) -> Tensor:
+        """[T] -> [N] means over the trained tokens of each sequence; 0 where there is none."""
+        return self.sum_tokens(values) / self.num_trained.clamp(min=1)
+
+    @cached_property
+    def num_trained(self) -> Tensor:
+        """[N] trained tokens per sequence."""
+        zeros = torch.zeros(self.num_sequences, dtype=torch.long, device=self.tokens.device)
+        return zeros.index_add(0, self.sequence_ids, self.loss_mask.long())
+
+    def select(self, units: Sequence[int]) -> Batch:
+        """The batch of these units, in this order."""
+        device = self.tokens.device
+        by_unit = np.split(np.arange(self.num_sequences), np.flatnonzero(np.diff(self.unit_ids.cpu().numpy())) + 1)
+        bounds = self.cu_seqlens.cpu().numpy()
+        sequences = np.concatenate([by_unit[u] for u in units])
+        tokens = np.concatenate([np.arange(bounds[s], bounds[s + 1]) for s in sequences])
+        pick = {
+            "token": torch.from_numpy(tokens).to(device),
+            "sequence": torch.from_numpy(sequences).to(device),
+            "unit": torch.as_tensor(list(units), device=device),
+        }
+        lengths = self.lengths[pick["sequence"]]
+        counts = [len(by_unit[u]) for u in units]
+        return Batch(
+            tokens=self.tokens[pick["token"]],
+            position_ids=self.position_ids[pick["token"]],
+            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
+            loss_mask=self.loss_mask[pick["token"]],
+            unit_ids=torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device),
+            unit_names=tuple(self.unit_names[u] for u in units),
+            trees=tuple(self.trees[u] for u in units),
+            columns={name: values[pick[column(name).kind]] for name, values in self.columns.items()},
+        )
+
+    def split(self, parts: int) -> list[Batch]:
+        """Minibatches for `parts` optimizer steps: consecutive units, as even in number as can be."""
+        if parts > self.num_units:
+            raise DataError(
+                f"a batch of {self.num_units} units cannot be split over {parts} optimizer steps; "
+                "take more units per step, or fewer optimizer steps"
+            )
+        return [self.select(units.tolist()) for units in np.array_split(np.arange(self.num_units), parts)]
+
+    def micro_batches(self, max_tokens: int, max_units: int | None = None) -> list[list[int]]:
+        """Which units go into which micro-batch.
+
+        At most `max_tokens` physical tokens and `max_units` units in each; a unit longer than that stands
+        alone. As few micro-batches as the greedy rule finds, evenly filled.
+        """
+        sizes = np.array([t.num_tokens for t in self.trees])
+        fewest = max(1, -(-int(sizes.sum()) // max_tokens), -(-len(sizes) // (max_units or len(sizes))))
+        for parts in range(fewest, len(sizes) + 1):
+            bins = _fill(sizes, parts, max_tokens, max_units or len(sizes))
+            if bins is not None:
+                return bins
+        return [[u] for u in range(len(sizes))]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """This batch with its tensors on another device."""
+        move = {k: getattr(self, k).to(device) for k in ("tokens", "position_ids", "cu_seqlens", "loss_mask", "unit_ids")}
+        return replace(self, **move, columns={k: v.to(device) for k, v in self.columns.items()})
+
+
+def _fill(sizes: np.ndarray, parts: int, max_tokens: int, max_units: int) -> list[list[int]] | None:
+    """Longest unit first into the emptiest of `parts` bins; None when one does not fit."""
+    bins: list[list[int]] = [[] for _ in range(parts)]
+    loads = np.zeros(parts, dtype=np.int64)
+    for unit in np.argsort(-sizes, kind="stable"):
+        open_bins = [b for b in range(parts) if len(bins[b]) < max_units]
+        target = min(open_bins, key=lambda b: (loads[b], b), default=None)
+        if target is None or (bins[target] and loads[target] + sizes[unit] > max_tokens):
+            return None
+        bins[target].append(int(unit))
+        loads[target] += sizes[unit]
+    return [sorted(b) for b in bins if b]
+
+
+def collate(units: Sequence[Unit], *, share_prefixes: bool = True) -> Batch:
+    """The batch of these units.
+
+    Writes the columns that the samples carry: `rewards` and `sampler_logprobs`, each if every sample has
+    it. `share_prefixes` false lays every row out in full.
+    Raises DataError when only some samples carry a column.
+    """
+    samples = [sample for unit in units for sample in unit.samples]
+    lengths = torch.tensor([len(sample.tokens) for sample in samples])
+    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    rows = [np.asarray(sample.tokens, dtype=np.int64) for sample in samples]
+    mask = np.concatenate([np.asarray(sample.loss_mask, dtype=bool) for sample in samples])
+    mask[starts[:-1].numpy()] = False  # nothing predicts the first token of a sequence
+    counts = [len(unit.samples) for unit in units]
+    first = np.cumsum([0, *counts])
+    lay_out = tree.build if share_prefixes else tree.flat
+    batch = Batch(
+        tokens=torch.from_numpy(np.concatenate(rows)),
+        position_ids=torch.from_numpy(np.concatenate([np.arange(len(row)) for row in rows])),
+        cu_seqlens=starts.int(),
+        loss_mask=torch.from_numpy(mask),
+        unit_ids=torch.repeat_interleave(torch.arange(len(units)), torch.tensor(counts)),
+        unit_names=tuple(unit.id for unit in units),
+        trees=tuple(lay_out(rows[a:b]) for a, b in zip(first[:-1], first[1:], strict=True)),
+    )
+    return batch.with_columns(**_carried(samples))
+
+
+def _carried(samples: list) -> dict[str, Tensor]:
+    columns: dict[str, Tensor] = {}
+    for attribute, name in (("reward", "rewards"), ("sampler_logprobs", "sampler_logprobs")):
+        values = [getattr(sample, attribute) for sample in samples]
+        present = sum(value is not None for value in values)
+        if present and present < len(values):
+            raise DataError(f"{present} of {len(values)} samples carry {attribute}; either all must, or none")
+        if present:
+            flat = values if name == "rewards" else np.concatenate([np.asarray(v, dtype=np.float32) for v in values])
+            columns[name] = torch.as_tensor(flat, dtype=torch.float32)
+    return columns
+
+
+def weights(batch: Batch, kind: WeightKind, *, max_length: int | None = None) -> Tensor:
+    """How much each value of a loss counts, as a column computed over the whole (global) batch.
+
+    `token` [T]: mean over trained tokens. `sequence` [T]: mean over sequences of the mean over their trained
+    tokens; sequences without any weigh nothing. `fixed_length` [T]: 1 / (N * max_length), Dr. GRPO
+    (arXiv:2503.20783). `row` [N]: mean over sequences. `pair` [U]: mean over units. All but `fixed_length`
+    sum to one, so nothing that runs a part of the batch divides again.
+    """
+    mask = batch.loss_mask.double()
+    if kind == "token":
+        values = mask / mask.sum().clamp(min=1)
+    elif kind == "sequence":
+        trained = batch.num_trained
+        values = mask / trained.clamp(min=1)[batch.sequence_ids] / (trained > 0).sum().clamp(min=1)
+    elif kind == "fixed_length":
+        assert max_length, "fixed_length weights need max_length"
+        values = mask / (batch.num_sequences * max_length)
+    elif kind in ("row", "pair"):
+        count = batch.num_sequences if kind == "row" else batch.num_units
+        values = torch.full((count,), 1 / count, dtype=torch.float64, device=mask.device)
+    else:
+        raise AssertionError(f"unknown kind of weights: {kind}")
+    return values.float()

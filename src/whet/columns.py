@@ -1,0 +1,56 @@
+"""Every column a batch can carry: its shape, its type, what it means and who writes it."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["token", "sequence", "unit"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """`kind` gives the first dimension: token [T], sequence [N] or unit [U] of the logical batch."""
+
+    name: str
+    kind: Kind
+    dtype: str
+    meaning: str
+    writer: str
+
+
+def _table(*columns: Column) -> dict[str, Column]:
+    return {column.name: column for column in columns}
+
+
+COLUMNS: dict[str, Column] = _table(
+    Column("rewards", "sequence", "float32", "the reward function's number for a sequence", "source: rollouts"),
+    Column("sampler_logprobs", "token", "float32", "logprob under the engine that sampled", "source: rollouts"),
+    Column("old_logprobs", "token", "float32", "the trainer's logprob before this update", "annotate"),
+    Column("ref_logprobs", "token", "float32", "logprob under the frozen reference", "annotate"),
+    Column("teacher_logprobs", "token", "float32", "logprob under the frozen teacher", "annotate"),
+    Column("values", "token", "float32", "the critic's value before this update", "annotate"),
+    Column("scores", "sequence", "float32", "a reward model's score", "annotate"),
+    Column("advantages", "token", "float32", "how much better than expected, per token", "credit"),
+    Column("returns", "token", "float32", "what the critic should have said", "credit"),
+)
+"""The columns that whet itself writes. `register` adds those of a stage or loss of your own."""
+
+
+def register(column: Column) -> Column:
+    """Make a column of your own known, so that stages and losses may declare that they read or write it."""
+    known = COLUMNS.get(column.name)
+    if known is not None and known != column:
+        raise ValueError(f"column {column.name!r} exists already with another meaning: {known.meaning}")
+    COLUMNS[column.name] = column
+    return column
+
+
+def column(name: str) -> Column:
+    """The column of this name. Raises KeyError naming the nearest known column."""
+    if name not in COLUMNS:
+        near = difflib.get_close_matches(name, COLUMNS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; declare it with whet.columns.register"
+        raise KeyError(f"no column {name!r}{hint}")
+    return COLUMNS[name]

@@ -1,0 +1,228 @@
+"""The language-model head where a loss looks, in chunks: logprobs of given tokens without a [T, V] tensor.
+
+From the logits on, everything is float32. The backward pass forms the logits of each chunk anew, except
+those of the last chunk, whose probabilities are still there when the backward pass begins with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_MB = 64
+
+EXTRAS = frozenset({"entropy", "mean_logprobs", "correct"})
+"""What can be had beside the logprobs: the entropy of the distribution, the mean logprob over the vocabulary
+(label smoothing), and whether the token was the likeliest."""
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """logits = softcap(scale * (hidden @ weight.T + bias)), weight [V, H], bias [V] or None.
+
+    `softcap(z) = cap * tanh(z / cap)`, left out when softcap is None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def token_logprobs(
+    hidden: Tensor,
+    head: HeadWeights,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    extras: Set[str] = frozenset(),
+    chunk_mb: int = CHUNK_MB,
+) -> dict[str, Tensor]:
+    """Logprobs of `targets` [M] given `hidden` [M, H], under softmax(logits / temperature).
+
+    Returns `logprobs` and those of `EXTRAS` that are asked for, [M] each: float32 in nats, `correct` bool.
+    Gradients flow through all but `correct`. About 2 * `chunk_mb` MiB are held for logits, whatever M is.
+    """
+    assert extras <= EXTRAS, f"unknown outputs {sorted(extras - EXTRAS)}"
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    rows = max(1, chunk_mb * 2**20 // (4 * len(head.weight)))
+    spec = _Spec(head.scale, head.softcap, temperature, dtype, rows, frozenset(extras))
+    values = _ChunkedHead.apply(hidden, head.weight, head.bias, targets, spec)
+    names = ("logprobs", "entropy", "mean_logprobs", "correct")
+    return {name: value for name, value in zip(names, values, strict=True) if value is not None}
+
+
+def module_logprobs(
+    hidden: Tensor,
+    logits_of: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    extras: Set[str] = frozenset(),
+    chunk_mb: int = CHUNK_MB,
+) -> dict[str, Tensor]:
+    """`token_logprobs` for a head that is more than a matrix (an adapted or quantised one).
+
+    `logits_of` maps [m, H] to final logits [m, V]; each chunk is recomputed in the backward pass.
+    """
+    rows = max(1, chunk_mb * 2**20 // (4 * vocab_size))
+
+    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        logp = (logits_of(hidden).float() / temperature).log_softmax(-1)
+        logprobs = logp.gather(1, targets[:, None])[:, 0]
+        correct = (logprobs >= logp.detach().amax(-1)).float()
+        return logprobs, -(logp.exp() * logp).sum(-1), logp.mean(-1), correct
+
+    parts = [
+        checkpoint(chunk, h, t, use_reentrant=False)
+        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    logprobs, entropy, mean, correct = (torch.cat(column) for column in zip(*parts, strict=True))
+    found = {"entropy": entropy, "mean_logprobs": mean, "correct": correct > 0}
+    return {"logprobs": logprobs, **{name: found[name] for name in extras}}
+
+
+@dataclass(frozen=True)
+class _Spec:
+    scale: float
+    softcap: float | None
+    temperature: float
+    dtype: torch.dtype
+    rows: int
+    extras: frozenset[str]
+
+
+class _ChunkedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, spec: _Spec):
+        logits = _Logits(hidden, weight, bias, spec)
+        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        entropy, mean = (torch.empty_like(logprobs) if e in spec.extras else None for e in ("entropy", "mean_logprobs"))
+        correct = torch.empty_like(logprobs, dtype=torch.bool) if "correct" in spec.extras else None
+        keep = any(ctx.needs_input_grad)
+        probabilities = None
+        for span in logits.spans:
+            logp = logits.log_softmax(span)
+            chosen = logp.gather(1, targets[span, None])
+            logprobs[span] = chosen[:, 0]
+            if correct is not None:
+                correct[span] = (chosen >= logp.amax(-1, keepdim=True))[:, 0]
+            if mean is not None:
+                mean[span] = logp.mean(-1)
+            if entropy is not None or (keep and span is logits.spans[-1]):
+                probabilities = torch.exp(logp, out=logits.spare(span))
+            if entropy is not None:
+                entropy[span] = logp.mul_(probabilities).sum(-1).neg_()
+        ctx.save_for_backward(hidden, weight, bias, targets, entropy)
+        ctx.spec, ctx.kept = spec, probabilities if keep else None
+        ctx.set_materialize_grads(False)
+        if correct is not None:
+            ctx.mark_non_differentiable(correct)
+        return logprobs, entropy, mean, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs, grad_entropy, grad_mean, _):
+        hidden, weight, bias, targets, entropy = ctx.saved_tensors
+        spec, kept, ctx.kept = ctx.spec, ctx.kept, None
+        logits = _Logits(hidden, weight, bias, spec)
+        grad_hidden, grad_weight, grad_bias = (
+            torch.zeros_like(x) if needed else None
+            for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+        )
+        for span in reversed(logits.spans):
+            logp, probabilities = None, kept
+            if kept is None or grad_entropy is not None:
+                logp = logits.log_softmax(span)
+                probabilities = torch.exp(logp, out=logits.spare(span))
+            kept = None
+            upstream = [None if g is None else g[span, None] for g in (grad_logprobs, grad_entropy, grad_mean)]
+            grad = _logit_gradient(probabilities, logp, entropy, targets, span, *upstream)
+            grad = logits.gradient_before_temperature(grad, span).to(spec.dtype)
+            if grad_hidden is not None:
+                grad_hidden[span] = grad @ logits.weight
+            if grad_weight is not None:
+                _add_product(grad_weight, grad, logits.hidden[span])
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _logit_gradient(p, logp, entropy, targets, span, g_logprob, g_entropy, g_mean) -> Tensor:
+    """Gradient of the logits [m, V], formed in p's memory.
+
+    With p the probabilities, y the token and H the entropy it is
+    g_logprob (1_y - p) + g_mean (1/V - p) - g_entropy p (log p + H).
+    """
+    factor = -sum(g for g in (g_logprob, g_mean) if g is not None)
+    if g_entropy is not None:
+        factor = logp.add_(entropy[span, None]).mul_(-g_entropy).add_(factor)
+    p.mul_(factor)
+    if g_mean is not None:
+        p.add_(g_mean / p.shape[1])
+    if g_logprob is not None:
+        p.scatter_add_(1, targets[span, None], g_logprob)
+    return p
+
+
+def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """total [V, H] += grad [m, V].T @ hidden [m, H], without a second [V, H] tensor where types allow."""
+    if total.dtype == grad.dtype:
+        total.addmm_(grad.t(), hidden)
+    else:
+        total += grad.t() @ hidden
+
+
+class _Logits:
+    """Chunks of logits in two buffers that are used over and over."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: _Spec):
+        self.hidden, self.weight, self.bias, self.spec = hidden.to(spec.dtype), weight.to(spec.dtype), bias, spec
+        self.spans = [slice(i, min(i + spec.rows, len(hidden))) for i in range(0, len(hidden), spec.rows)]
+        self._buffers: list[Tensor | None] = [None, None]
+
+    def _buffer(self, which: int, span: slice) -> Tensor:
+        if self._buffers[which] is None:
+            shape = (min(self.spec.rows, len(self.hidden)), len(self.weight))
+            self._buffers[which] = self.hidden.new_empty(shape, dtype=torch.float32)
+        return self._buffers[which][: span.stop - span.start]
+
+    def spare(self, span: slice) -> Tensor:
+        """The buffer that does not hold the last log_softmax."""
+        return self._buffer(0, span)
+
+    def _raw(self, span: slice) -> Tensor:
+        """Scaled logits [m, V] before softcap and temperature, float32, in the first buffer."""
+        out = self._buffer(0, span)
+        if self.spec.dtype == torch.float32:
+            torch.mm(self.hidden[span], self.weight.t(), out=out)
+        else:
+            out.copy_(self.hidden[span] @ self.weight.t())
+        if self.bias is not None:
+            out += self.bias
+        return out.mul_(self.spec.scale) if self.spec.scale != 1 else out
+
+    def log_softmax(self, span: slice) -> Tensor:
+        """log softmax(logits / temperature) [m, V], in the second buffer."""
+        z = self._raw(span)
+        if self.spec.softcap:
+            z.div_(self.spec.softcap).tanh_().mul_(self.spec.softcap)
+        if self.spec.temperature != 1:
+            z.div_(self.spec.temperature)
+        return torch.ops.aten._log_softmax.out(z, -1, False, out=self._buffer(1, span))
+
+    def gradient_before_temperature(self, grad: Tensor, span: slice) -> Tensor:
+        """Gradient of hidden @ weight.T + bias, given that of the final logits; in place."""
+        if self.spec.softcap:  # the derivative of cap * tanh(z / cap) is 1 - tanh(z / cap)^2
+            kept = grad.clone()
+            capped = self._raw(span).div_(self.spec.softcap).tanh_()
+            grad = kept.mul_(1 - capped.square_())
+        factor = self.spec.scale / self.spec.temperature
+        return grad.mul_(factor) if factor != 1 else grad
