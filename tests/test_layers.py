@@ -40,8 +40,15 @@ NARROW = {
     "credit": {"whet.types", "whet.errors", "whet.columns", "whet.batch"},
 }
 
-# Of the packages that are not ours, these rooms import no others (the standard library is free).
-OUTSIDE = {"types": set(), "errors": set(), "losses": {"torch"}, "credit": {"torch"}, "config": {"pydantic", "yaml"}}
+# Of the packages that are not ours, these rooms import no others (the standard library is free). A loss states
+# the limits of its options by pydantic's annotations.
+OUTSIDE = {
+    "types": set(),
+    "errors": set(),
+    "losses": {"torch", "pydantic"},
+    "credit": {"torch", "pydantic"},
+    "config": {"pydantic", "yaml"},
+}
 
 # Heavy or optional packages, and the only files that import them.
 CONFINED = {
@@ -51,7 +58,7 @@ CONFINED = {
     "deepspeed": {"backends/deepspeed.py"},
     "ray": {"cluster/ray.py"},
     "peft": {"models/adapters.py", "models/load.py"},
-    "math_verify": {"rewards/math.py"},
+    "math_verify": {"rewards/math_worker.py"},
 }
 
 NAMELESS = {"util", "utils", "helper", "helpers", "common", "misc"}
@@ -130,7 +137,7 @@ def violations(package: Path) -> list[str]:
         found += shape_violations(path, package, tree)
         if not ast.get_docstring(tree):
             found.append(f"{relative.as_posix()} does not open with a sentence that says what it is")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def test_imports_and_lengths_keep_the_rules_of_the_house():
