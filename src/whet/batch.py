@@ -7,7 +7,7 @@ way to compute them. `collate` makes a batch of units, `split` and `micro_batche
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -85,6 +85,10 @@ class Batch:
             kind = column(name).kind
             assert len(values) == sizes[kind], f"column {name!r} is per {kind}: {sizes[kind]} values, not {len(values)}"
         return replace(self, columns={**self.columns, **columns})
+
+    def weighed(self, kinds: Iterable[WeightKind], *, max_length: int | None = None) -> Batch:
+        """This batch with the columns `weights/<kind>`; call it on the global batch, before it is cut."""
+        return self.with_columns(**{f"weights/{k}": weights(self, k, max_length=max_length) for k in kinds})
 
     def sum_tokens(self, values: Tensor) -> Tensor:
         """[T] -> [N] sums over the trained tokens of each sequence."""

@@ -34,6 +34,11 @@ COLUMNS: dict[str, Column] = _table(
     Column("scores", "sequence", "float32", "a reward model's score", "annotate"),
     Column("advantages", "token", "float32", "how much better than expected, per token", "credit"),
     Column("returns", "token", "float32", "what the critic should have said", "credit"),
+    Column("weights/token", "token", "float32", "1 / trained tokens of the global batch", "Batch.weighed"),
+    Column("weights/sequence", "token", "float32", "1 / (sequences x trained tokens of the own)", "Batch.weighed"),
+    Column("weights/fixed_length", "token", "float32", "1 / (sequences x longest completion)", "Batch.weighed"),
+    Column("weights/row", "sequence", "float32", "1 / sequences", "Batch.weighed"),
+    Column("weights/pair", "unit", "float32", "1 / units", "Batch.weighed"),
 )
 """The columns that whet itself writes. `register` adds those of a stage or loss of your own."""
 

@@ -6,13 +6,13 @@ those of the last chunk, whose probabilities are still there when the backward p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Set
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 CHUNK_MB = 64
 
@@ -21,17 +21,20 @@ EXTRAS = frozenset({"entropy", "mean_logprobs", "correct"})
 (label smoothing), and whether the token was the likeliest."""
 
 
-@dataclass(frozen=True)
-class HeadWeights:
+class HeadWeights(Protocol):
     """logits = softcap(scale * (hidden @ weight.T + bias)), weight [V, H], bias [V] or None.
 
     `softcap(z) = cap * tanh(z / cap)`, left out when softcap is None.
     """
 
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def softcap(self) -> float | None: ...
 
 
 def token_logprobs(
@@ -56,37 +59,6 @@ def token_logprobs(
     values = _ChunkedHead.apply(hidden, head.weight, head.bias, targets, spec)
     names = ("logprobs", "entropy", "mean_logprobs", "correct")
     return {name: value for name, value in zip(names, values, strict=True) if value is not None}
-
-
-def module_logprobs(
-    hidden: Tensor,
-    logits_of: Callable[[Tensor], Tensor],
-    vocab_size: int,
-    targets: Tensor,
-    *,
-    temperature: float = 1.0,
-    extras: Set[str] = frozenset(),
-    chunk_mb: int = CHUNK_MB,
-) -> dict[str, Tensor]:
-    """`token_logprobs` for a head that is more than a matrix (an adapted or quantised one).
-
-    `logits_of` maps [m, H] to final logits [m, V]; each chunk is recomputed in the backward pass.
-    """
-    rows = max(1, chunk_mb * 2**20 // (4 * vocab_size))
-
-    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        logp = (logits_of(hidden).float() / temperature).log_softmax(-1)
-        logprobs = logp.gather(1, targets[:, None])[:, 0]
-        correct = (logprobs >= logp.detach().amax(-1)).float()
-        return logprobs, -(logp.exp() * logp).sum(-1), logp.mean(-1), correct
-
-    parts = [
-        checkpoint(chunk, h, t, use_reentrant=False)
-        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
-    ]
-    logprobs, entropy, mean, correct = (torch.cat(column) for column in zip(*parts, strict=True))
-    found = {"entropy": entropy, "mean_logprobs": mean, "correct": correct > 0}
-    return {"logprobs": logprobs, **{name: found[name] for name in extras}}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Training backends: what computes losses and updates weights."""

@@ -1,0 +1,117 @@
+"""From a batch to model outputs: the prefix tree through the decoder, the head where a loss looks."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from whet.batch import Batch
+from whet.models.parts import base, decoder, head
+from whet.tensor.attention import attention
+from whet.tensor.logprobs import CHUNK_MB, EXTRAS, token_logprobs
+from whet.tensor.segments import Segments
+
+Mode = Literal["tree", "packed", "rows"]
+
+
+class Forward:
+    """Computes outputs of one model for batches that were collated for `mode`.
+
+    `tree` and `packed` run the batch's tree as one token stream through our attention; `rows` runs padded
+    rows through the model's own, for models that cannot do otherwise. `temperature` divides the logits.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, mode: Mode, *, temperature: float = 1.0, chunk_mb: int = CHUNK_MB
+    ) -> None:
+        self.model, self.mode, self.temperature, self.chunk_mb = model, mode, temperature, chunk_mb
+        self.decoder = decoder(model)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether batches are to be collated with shared prefixes."""
+        return self.mode == "tree"
+
+    def installed(self):
+        """The context in which `__call__` runs: the model attends as `mode` needs."""
+        return nullcontext() if self.mode == "rows" else attention(base(self.model))
+
+    def __call__(self, batch: Batch, outputs: Set[str]) -> dict[str, Tensor]:
+        """`outputs` for this micro-batch, [T] each, 0 where no token is trained."""
+        assert outputs <= EXTRAS | {"logprobs"}, f"a language model has no outputs {sorted(outputs)}"
+        trained = batch.loss_mask.nonzero()[:, 0]
+        if not len(trained):  # the graph stays connected, so that every micro-batch can run backward
+            zeros = head(self.model).weight.sum() * 0 + torch.zeros(batch.num_tokens, device=batch.tokens.device)
+            return {name: zeros for name in outputs}
+        hidden, looks = (self._rows if self.mode == "rows" else self._stream)(batch, trained)
+        values = token_logprobs(
+            hidden[looks.predictors],
+            head(self.model),
+            looks.targets,
+            temperature=self.temperature,
+            extras=outputs & EXTRAS,
+            chunk_mb=self.chunk_mb,
+        )
+        return {name: _to_rows(values[name], looks, trained, batch.num_tokens) for name in outputs}
+
+    def _stream(self, batch: Batch, trained: Tensor) -> tuple[Tensor, _Looks]:
+        """Hidden states [P, H] of the tree's stream, and where the head looks."""
+        tree, device = batch.tree, batch.tokens.device
+        tokens = torch.from_numpy(tree.tokens).to(device)
+        hidden = self.decoder(
+            input_ids=tokens[None],
+            position_ids=torch.from_numpy(tree.position_ids).to(device)[None],
+            attention_mask=None,
+            use_cache=False,
+            attention_context=Segments(tree, device),
+        ).last_hidden_state[0]
+        places, inverse = torch.from_numpy(tree.index).to(device)[trained], None
+        if tree.num_tokens < batch.num_tokens:  # rows that share a trained token share one look
+            places, inverse = torch.unique(places, return_inverse=True)
+        predecessors = torch.from_numpy(tree.predecessors).to(device)
+        return hidden, _Looks(predecessors[places], tokens[places], inverse)
+
+    def _rows(self, batch: Batch, trained: Tensor) -> tuple[Tensor, _Looks]:
+        """The same from rows padded on the right to the longest."""
+        longest = int(batch.lengths.max())
+        places = batch.sequence_ids * longest + batch.position_ids
+        tokens = batch.tokens.new_zeros(batch.num_sequences * longest).index_copy(0, places, batch.tokens)
+        mask = torch.zeros_like(tokens).index_fill(0, places, 1)
+        hidden = self.decoder(
+            input_ids=tokens.view(-1, longest), attention_mask=mask.view(-1, longest), use_cache=False
+        ).last_hidden_state.flatten(0, 1)
+        return hidden, _Looks(places[trained] - 1, batch.tokens[trained], None)
+
+
+@dataclass(frozen=True)
+class _Looks:
+    """Where the head looks: K places of hidden states, the tokens they predict, and which look each of the M
+    trained tokens takes ([M], None when it is one each)."""
+
+    predictors: Tensor
+    targets: Tensor
+    inverse: Tensor | None
+
+
+def _to_rows(values: Tensor, looks: _Looks, trained: Tensor, num_tokens: int) -> Tensor:
+    """[K] -> [T], 0 where no token is trained."""
+    values = values.float() if looks.inverse is None else values.float()[looks.inverse]
+    return values.new_zeros(num_tokens).index_copy(0, trained, values)
+
+
+@torch.no_grad()
+def own_logprobs(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """Logprobs [T] by the model's own forward, row by row: what `Forward` must agree with."""
+    logprobs = torch.zeros(batch.num_tokens, device=batch.tokens.device)
+    bounds = batch.cu_seqlens.tolist()
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        tokens = batch.tokens[start:end]
+        logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float() / temperature
+        logprobs[start + 1 : end] = logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+    return torch.where(batch.loss_mask, logprobs, 0)

@@ -1,0 +1,212 @@
+"""The local backend: one process, one model, a CPU or one GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from whet.backends.device import Arithmetic
+from whet.backends.forward import Forward
+from whet.backends.optimizer import adamw
+from whet.backends.parity import choose_mode
+from whet.batch import Batch
+from whet.config.backend import BackendConfig
+from whet.config.optim import OptimConfig
+from whet.errors import TrainingError
+from whet.methods import Term
+from whet.models.adapters import trainable_summary
+from whet.models.export import load_weights, save_model
+from whet.models.parts import base
+
+METRIC_WEIGHTS = {"token": "token", "sequence": "row", "pair": "pair"}
+"""What a metric is averaged with, by what its loss is per."""
+
+OUT_OF_MEMORY = (
+    "the GPU ran out of memory. In this order: lower backend.max_tokens_per_device (now {max_tokens}); set "
+    "backend.activation_checkpointing: true; lower data.max_length or rollout.max_tokens; train an adapter "
+    "(model.adapter); lower backend.head_chunk_mb (now {chunk_mb})"
+)
+
+
+class LocalBackend:
+    """Trains one model in this process; see `Backend` for the contract.
+
+    With an optimizer configuration it trains; without one it only computes (a reference, a teacher).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: BackendConfig,
+        arithmetic: Arithmetic,
+        *,
+        optim: OptimConfig | None = None,
+        attention: str = "auto",
+        temperature: float = 1.0,
+    ):
+        self.model, self.tokenizer, self.config, self.arithmetic = model.to(arithmetic.device), tokenizer, config, arithmetic
+        self.compute = choose_mode(
+            model, attention, arithmetic, temperature=temperature, chunk_mb=config.head_chunk_mb
+        )
+        self.optim = optim
+        self.optimizer = None
+        if optim is not None:
+            if config.activation_checkpointing:
+                base(model).gradient_checkpointing_enable({"use_reentrant": False})
+            self.optimizer = adamw(model, optim)
+        scales = arithmetic.autocast == torch.float16
+        self.scaler = torch.amp.GradScaler(arithmetic.device.type, enabled=scales)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether batches for this backend are to be collated with shared prefixes."""
+        return self.compute.shares_prefixes
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, outputs: Set[str]) -> dict[str, Tensor]:
+        """Outputs [T] over the whole batch, on the batch's device."""
+        self.model.eval()
+        results = {name: torch.zeros(batch.num_tokens, device=batch.tokens.device) for name in outputs}
+        with self.compute.installed():
+            for units in self._micro_batches(batch):
+                micro = batch.select(units)
+                tokens = torch.isin(batch.unit_ids, torch.tensor(units, device=batch.unit_ids.device))[batch.sequence_ids]
+                with self.arithmetic.context():
+                    out = self.compute(micro.to(self.arithmetic.device), outputs)
+                for name in outputs:
+                    results[name][tokens] = out[name].to(results[name].device)
+        return results
+
+    def forward_backward(self, batch: Batch, terms: Sequence[Term]) -> dict[str, float]:
+        """Add up the gradient over micro-batches; see `Backend.forward_backward`."""
+        self.model.train()
+        totals = _Totals()
+        outputs = frozenset().union(*(term.outputs for term in terms))
+        with self.compute.installed():
+            for units in self._micro_batches(batch):
+                micro = batch.select(units).to(self.arithmetic.device)
+                try:
+                    with self.arithmetic.context():
+                        out = self.compute(micro, outputs)
+                    loss = totals.add(out, micro, terms)
+                    self.scaler.scale(loss).backward()
+                except torch.OutOfMemoryError as error:
+                    remedies = {"max_tokens": self.config.max_tokens_per_device, "chunk_mb": self.config.head_chunk_mb}
+                    raise TrainingError(OUT_OF_MEMORY.format(**remedies)) from error
+        return totals.finish()
+
+    def optim_step(self, lr: float) -> dict[str, float]:
+        """Clip the gradient, step, clear; returns `grad_norm` before clipping."""
+        assert self.optimizer is not None and self.optim is not None, "this backend has no optimizer"
+        self.scaler.unscale_(self.optimizer)
+        trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trainable, self.optim.max_grad_norm or float("inf"))
+        if not self.scaler.is_enabled() and not torch.isfinite(norm):
+            raise TrainingError(
+                f"the gradient norm is {norm.item()}, although the loss is finite; lower optim.lr, or use "
+                "float32 or bf16 arithmetic (backend.precision). Nothing was updated"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)  # fp16: skips the step when the scaled gradient overflowed
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": norm.item()}
+
+    def save(self, folder: Path) -> None:
+        """Weights as transformers or peft load them, and the optimizer beside them."""
+        from whet.checkpoints.state import save_optimizer, write_json
+
+        self.export_weights(folder)
+        if self.optimizer is not None:
+            save_optimizer(self.optimizer, folder)
+            write_json(self.scaler.state_dict(), folder / "scaler.json")
+
+    def load(self, folder: Path) -> None:
+        """Exactly the weights and the optimizer state that `save` wrote."""
+        raise AssertionError
+
+    def export_weights(self, folder: Path) -> None:
+        """The weights, in the type they are trained in."""
+        save_model(self.model, self.tokenizer, folder)
+
+    def offload(self) -> None:
+        """Move weights and optimizer state to the CPU."""
+        self._move(torch.device("cpu"))
+
+    def onload(self) -> None:
+        """Move weights and optimizer state back."""
+        self._move(self.arithmetic.device)
+
+    def _move(self, device: torch.device) -> None:
+        self.model.to(device)
+        if self.optimizer is not None:
+            for state in self.optimizer.state.values():
+                state.update({k: v.to(device) for k, v in state.items() if isinstance(v, Tensor) and k != "step"})
+
+    def describe(self) -> dict[str, Any]:
+        """Device, precision, attention and how much is trained."""
+        trainable, total = trainable_summary(self.model)
+        precision = {None: str(next(self.model.parameters()).dtype).removeprefix("torch.")}
+        return {
+            "device": str(self.arithmetic.device),
+            "precision": precision.get(self.arithmetic.autocast, str(self.arithmetic.autocast).removeprefix("torch.")),
+            "matmul": self.arithmetic.matmul,
+            "threads": torch.get_num_threads(),
+            "attention": self.compute.mode,
+            "parameters": total,
+            "trainable": trainable,
+        }
+
+    def _micro_batches(self, batch: Batch) -> list[list[int]]:
+        return batch.micro_batches(self.config.max_tokens_per_device, self.config.micro_batch_size)
+
+
+class _Totals:
+    """Sums of losses and metrics over the micro-batches of a step, read from the device once at the end."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.losses: list[tuple[tuple[str, ...], Tensor]] = []
+
+    def add(self, out: dict[str, Tensor], batch: Batch, terms: Sequence[Term]) -> Tensor:
+        """The loss of one micro-batch; everything else is taken note of."""
+        loss = torch.zeros((), device=batch.tokens.device)
+        for term in terms:
+            values, metrics = term.loss(out, batch, **term.options)
+            part = (values * batch[f"weights/{term.weight}"]).sum()
+            loss = loss + term.coef * part
+            if len(terms) > 1:
+                self._sum(f"{term.name}_loss", part)
+            weights = batch[f"weights/{METRIC_WEIGHTS[term.loss.per]}"]
+            for name, value in metrics.items():
+                if name.endswith("_max"):
+                    value = torch.where(weights > 0, value, -torch.inf).max()
+                    self.sums[name] = torch.maximum(self.sums.get(name, value), value)
+                else:
+                    self._sum(name, (value.detach() * weights).sum())
+        self._sum("loss", loss)
+        self.losses.append((batch.unit_names, loss.detach()))
+        return loss
+
+    def _sum(self, name: str, value: Tensor) -> None:
+        value = value.detach()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def finish(self) -> dict[str, float]:
+        """Everything as numbers. Raises TrainingError when a loss is not finite, naming the units."""
+        numbers = torch.stack([value.double() for value in self.sums.values()]).tolist()
+        result = dict(zip(self.sums, numbers, strict=True))
+        if not torch.isfinite(torch.tensor(result["loss"])):
+            bad = [name for names, loss in self.losses if not torch.isfinite(loss) for name in names]
+            raise TrainingError(
+                f"the loss is {result['loss']} in the micro-batch of {', '.join(bad[:8])}{' …' if len(bad) > 8 else ''}; "
+                "nothing was updated. Look at these rows, lower optim.lr, or use float32 arithmetic (backend.precision)"
+            )
+        return result

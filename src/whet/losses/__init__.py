@@ -1,0 +1,51 @@
+"""Losses: one value per token, sequence or pair; the batch holds the weights."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+
+from whet.losses.base import Loss, Metrics, Outputs, loss
+from whet.losses.policy import entropy_bonus, kl, ppo_clip, reinforce
+from whet.losses.reward import bradley_terry
+from whet.losses.sft import dft, sft
+from whet.losses.value import value
+
+__all__ = ["LOSSES", "Loss", "Metrics", "Outputs", "create_loss", "loss"]
+
+LOSSES: dict[str, Loss] = {
+    "sft": sft,
+    "dft": dft,
+    "ppo_clip": ppo_clip,
+    "reinforce": reinforce,
+    "kl": kl,
+    "entropy_bonus": entropy_bonus,
+    "value": value,
+    "bradley_terry": bradley_terry,
+}
+"""Built-in losses by the name that a configuration uses."""
+
+_KINDS = {"pairwise": "bradley_terry", "policy": "ppo_clip"}
+
+
+def create_loss(kind: str, **options) -> Loss:
+    """A loss with its options bound, by name or by kind (`sft`, `pairwise`, `policy`, `value`).
+
+    Call it as `loss(out, batch)`, or hand it to `SFTrainer(config, loss=…)`.
+    Raises ValueError for an unknown name or option.
+    """
+    if kind == "kd":
+        raise ValueError("create_loss('kd'): distillation needs the teacher's distribution, which sft runs do not have")
+    name = _KINDS.get(kind, kind)
+    if name not in LOSSES:
+        raise ValueError(f"create_loss({kind!r}): unknown loss; choose one of {sorted({*LOSSES, *_KINDS})}")
+    function = LOSSES[name]
+    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"create_loss({kind!r}): unknown options {unknown}; {name} has {known or 'none'}")
+    bound = partial(function, **options)
+    for attribute in ("outputs_if", "reads", "per"):
+        setattr(bound, attribute, getattr(function, attribute))
+    extra = [names for option, names in function.outputs_if.items() if options.get(option)]
+    bound.outputs = function.outputs.union(*extra)
+    return bound
