@@ -57,7 +57,7 @@ CONFINED = {
     "megatron": {"backends/megatron.py"},
     "deepspeed": {"backends/deepspeed.py"},
     "ray": {"cluster/ray.py"},
-    "peft": {"models/adapters.py", "models/load.py"},
+    "peft": {"models/adapters.py", "models/export.py"},
     "math_verify": {"rewards/math_worker.py"},
 }
 
