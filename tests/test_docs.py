@@ -19,7 +19,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
+from whet.config.base import Plugin
+from whet.config.plugin import resolve, validated_options
 from whet.config.run import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,6 +88,25 @@ def settings_of(code: str) -> dict:
     return {"model": {"path": MODELS[0]}} | settings
 
 
+def check_settings(settings: dict) -> None:
+    """Raise ConfigError, a ValueError, for an unknown setting or for options that one's own code does not take."""
+    for plugin in plugins_in(RunConfig.model_validate(settings)):
+        if ":" in plugin.use:
+            target = resolve(plugin.use, {}, what="plugin", where="use")
+            validated_options(target, plugin.options, where=plugin.use)
+
+
+def plugins_in(value: object) -> Iterator[Plugin]:
+    """Everything in a configuration that is chosen by name, at any depth."""
+    if isinstance(value, Plugin):
+        yield value
+    elif isinstance(value, BaseModel):
+        yield from plugins_in([one for _, one in value])
+    elif isinstance(value, list):
+        for one in value:
+            yield from plugins_in(one)
+
+
 @pytest.fixture
 def reader(tmp_path: Path, tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder that a reader of the documentation sits in."""
@@ -109,10 +131,11 @@ def test_python_of_the_page_runs(page: Path, reader: Path):
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"))
-def test_yaml_of_the_page_is_a_configuration(page: Path):
+def test_yaml_of_the_page_is_a_configuration(page: Path, reader: Path):
+    save_named(blocks_to_run(page, "python"))
     for block in blocks_to_run(page, "yaml"):
         try:
-            RunConfig.model_validate(settings_of(block.code))
+            check_settings(settings_of(block.code))
         except ValueError as error:
             pytest.fail(f"{page.name}:{block.line}: {error}")
 
@@ -194,4 +217,10 @@ def test_a_block_is_left_out_only_with_a_reason():
 
 def test_a_misspelt_setting_in_a_block_is_found():
     with pytest.raises(ValueError, match="optimm"):
-        RunConfig.model_validate(settings_of("optimm: {lr: 1.0e-5}\n"))
+        check_settings(settings_of("optimm: {lr: 1.0e-5}\n"))
+
+
+def test_a_misspelt_option_of_the_readers_own_code_is_found(reader: Path):
+    (reader / "own_rewards.py").write_text("def exact(episode, *, most=1): ...\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="mosst"):
+        check_settings(settings_of('reward: {use: "own_rewards:exact", mosst: 2}\n'))
