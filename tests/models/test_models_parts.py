@@ -30,12 +30,19 @@ FAMILIES = {
     "Gemma2": {"final_logit_softcapping": 2.0},
     "Cohere": {"logit_scale": 0.25},
     "Granite": {"logits_scaling": 8.0},
-    "MiniCPM3": {"dim_model_base": 8, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
-                 "qk_rope_head_dim": 8, "v_head_dim": 8},
+    "MiniCPM3": {
+        "dim_model_base": 8,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    },
     "HyperCLOVAX": {"logits_scaling": 4.0},
     "Phi": {},
     "Mistral": {},
-}  # fmt: skip
+}
 TOKENS = torch.tensor([[5, 9, 33, 61, 7, 2]])
 
 

@@ -1,0 +1,75 @@
+"""Save a model so that plain transformers, or peft, load it with the same logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from whet.models.adapters import has_adapter
+from whet.models.parts import base
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def save_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, dtype: torch.dtype | None = None
+) -> None:
+    """Write weights, configuration, tokenizer and chat template into `folder`, which is made if need be.
+
+    A model with an adapter leaves the adapter alone (`adapter_model.safetensors`), which names its
+    base model; any other leaves `model.safetensors`, in shards if large. Floating-point weights are
+    written in `dtype` when given.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if has_adapter(model):
+        _save_adapter(model, folder, dtype)
+    else:
+        _save_weights(model, tokenizer, folder, dtype)
+    tokenizer.save_pretrained(folder)
+
+
+def _save_weights(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None):
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder, state_dict=_cast(model.state_dict(), dtype))
+    if dtype is not None:
+        # transformers writes the dtype of the model at hand, not that of the weights it was given.
+        path = folder / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _save_adapter(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> None:
+    # Not model.save_pretrained: it adds a README of its own and may ask the hub about the embedding.
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = {name: tensor.contiguous() for name, tensor in _cast(state, dtype).items()}
+    save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = model.peft_config[model.active_adapter]
+    before = config.base_model_name_or_path, config.inference_mode
+    # A folder is named whole: the adapter is loaded from other working folders than this one.
+    local = Path(base(model).name_or_path).expanduser()
+    config.base_model_name_or_path = str(local.absolute()) if local.is_dir() else base(model).name_or_path
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    config.base_model_name_or_path, config.inference_mode = before
+
+
+def _cast(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Tensors that share their memory (tied weights) still do so afterwards, so that they are written once."""
+    if dtype is None:
+        return state
+    made: dict[tuple, Tensor] = {}
+    for tensor in state.values():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        made.setdefault(key, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    return {name: made[tensor.data_ptr(), tensor.shape, tensor.stride()] for name, tensor in state.items()}

@@ -1,0 +1,195 @@
+"""Load a tokenizer and a causal language model as the configuration asks for them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import jinja2
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from whet.config.model import ModelConfig
+from whet.errors import ModelError
+from whet.models import adapters
+from whet.models.parts import base
+from whet.models.source import adapter_base, check_tokenizer_files, check_weights, load_config, locate, translate
+
+logger = logging.getLogger(__name__)
+
+# Tokens made for padding in the model families that do not name theirs, most specific first.
+PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
+
+
+def check_model_folder(cfg: ModelConfig) -> None:
+    """Raises ModelError for what can be known to be wrong without loading the weights.
+
+    Looks for configuration, architecture, weights, tokenizer and chat template, and whether the
+    embedding has a row for every token.
+    """
+    inner = adapter_base(cfg) or cfg
+    config = load_config(inner)
+    folder = Path(inner.path).expanduser()
+    if folder.is_dir():
+        check_weights(folder)
+    _check_vocabulary(config, load_tokenizer(cfg))
+
+
+def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with `cfg.chat_template` in place of its own and with a pad token.
+
+    Raises ModelError for a tokenizer that is missing or unreadable, and for a broken chat template.
+    """
+    check_tokenizer_files(cfg)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**locate(cfg))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        translate(cfg, "its tokenizer cannot be loaded", error)
+    if cfg.chat_template is not None:
+        tokenizer.chat_template = _read_template(cfg.chat_template)
+    if tokenizer.chat_template:
+        _check_template(tokenizer, cfg)
+    _set_pad(tokenizer)
+    return tokenizer
+
+
+def load_model(cfg: ModelConfig, device: torch.device) -> PreTrainedModel:
+    """The model on `device` in `cfg.dtype`, its adapter in place and its frozen weights frozen.
+
+    A folder that holds an adapter alone is loaded on top of its base model. Raises ModelError for
+    weights that are missing, or of another shape than the configuration says.
+    """
+    below = adapter_base(cfg)
+    model = _load_weights(below or cfg).to(device)
+    if below is not None:
+        if cfg.adapter is not None:
+            raise ModelError(
+                f"model.path is {cfg.path!r}, which is an adapter itself, and model.adapter asks for another; "
+                f"leave out model.adapter to train on with this one, or merge it first"
+            )
+        model = adapters.load_adapter(model, Path(cfg.path).expanduser())
+    elif cfg.adapter is not None:
+        model = adapters.add_adapter(model, cfg.adapter)
+    adapters.freeze(model, cfg.freeze)
+    if active := dropouts(model):
+        named = ", ".join(f"{name} = {value}" for name, value in active.items())
+        logger.warning("the model's configuration has dropout (%s); dropout on attention is not applied", named)
+    return model
+
+
+def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end a completion: the tokenizer's own first, then those of the generation configuration.
+
+    Raises ModelError where none is known: no completion would ever end.
+    """
+    inner = base(model)
+    found = [tokenizer.eos_token_id]
+    for config in (getattr(inner, "generation_config", None), inner.config):
+        ids = getattr(config, "eos_token_id", None)
+        found += ids if isinstance(ids, list) else [ids]
+    stops = tuple(dict.fromkeys(int(token) for token in found if token is not None))
+    if not stops:
+        raise ModelError(
+            "neither the tokenizer nor generation_config.json names an end-of-sequence token, so that no completion "
+            "would ever end; set eos_token in the model's tokenizer_config.json"
+        )
+    return stops
+
+
+def dropouts(model: nn.Module) -> dict[str, float]:
+    """Dropout rates above zero in the model's configuration, by the name of the setting."""
+    settings = base(model).config.get_text_config().to_dict().items()
+    named = {name: value for name, value in settings if "drop" in name or name.endswith("_pdrop")}
+    return {name: float(value) for name, value in named.items() if isinstance(value, float | int) and value > 0}
+
+
+def _load_weights(cfg: ModelConfig) -> PreTrainedModel:
+    load_config(cfg)
+    folder = Path(cfg.path).expanduser()
+    if folder.is_dir():
+        check_weights(folder)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **locate(cfg), dtype=getattr(torch, cfg.dtype), output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        translate(cfg, "its weights cannot be loaded", error)
+    # Weights that are missing would be drawn at random: a reward model has no language-model head.
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"model.path is {cfg.path!r}, but its files lack {len(missing)} of the model's weights ({missing[0]} …); "
+            f"give a complete causal language model"
+        )
+    _repair_generation_config(model)
+    return model
+
+
+def _repair_generation_config(model: PreTrainedModel) -> None:
+    """Published models name a temperature without do_sample, which loads but which save_pretrained refuses."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
+
+
+def _check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = config.get_text_config().vocab_size
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
+    # Text models carry special tokens of their picture-reading siblings that no text ever contains.
+    used = {
+        t: i for t, i in beyond.items() if i not in tokenizer.added_tokens_decoder or i in tokenizer.all_special_ids
+    }
+    if used:
+        token, index = max(used.items(), key=lambda item: item[1])
+        raise ModelError(
+            f"the tokenizer has tokens up to {index} ({token!r}), but the model's embedding has {rows} rows; "
+            f"use the tokenizer that the model was trained with"
+        )
+    if beyond:
+        logger.warning("the model's embedding has no row for %s; do not use them in data", ", ".join(sorted(beyond)))
+
+
+def _read_template(given: str) -> str:
+    if "{" in given or "\n" in given:
+        return given
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise ModelError(
+            f"model.chat_template is {given!r}, but there is no file {path.absolute()}; "
+            f"give the path of a Jinja file, or the template itself"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, cfg: ModelConfig) -> None:
+    """Templates may refuse a conversation, but they must parse, and render something where they do not refuse."""
+    origin = "model.chat_template" if cfg.chat_template is not None else f"the chat template of {cfg.path!r}"
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise ModelError(
+            f"{origin} is broken in line {error.lineno}: {error.message}; correct it, or leave it out"
+        ) from error
+    except jinja2.TemplateError as error:
+        logger.info("%s does not render a lone user message: %s", origin, error)
+        return
+    if "Hello" not in text:
+        raise ModelError(
+            f"{origin} leaves out the message: a user's 'Hello' renders as {text!r}; "
+            f"it must loop over `messages` and write each message.content"
+        )
+
+
+def _set_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a pad token where it has none, other than its end token if it knows any other.
+
+    Losses never look at it: masks go by length.
+    """
+    if tokenizer.pad_token is None:
+        vocabulary = tokenizer.get_vocab()
+        free = [token for token in PADS if token in vocabulary and token != tokenizer.eos_token]
+        if free or tokenizer.eos_token:
+            tokenizer.pad_token = free[0] if free else tokenizer.eos_token
+    if tokenizer.pad_token is not None and tokenizer.pad_token == tokenizer.eos_token:
+        logger.warning("%s is both pad and end token; masks go by length, so it is still learned", tokenizer.eos_token)
