@@ -20,8 +20,9 @@ from whet.config.optim import OptimConfig
 from whet.errors import TrainingError
 from whet.methods import Term
 from whet.models.adapters import trainable_summary
-from whet.models.export import load_weights, save_model
+from whet.models.export import save_model
 from whet.models.parts import base
+from whet.models.restore import load_weights
 
 METRIC_WEIGHTS = {"token": "token", "sequence": "row", "pair": "pair"}
 """What a metric is averaged with, by what its loss is per."""

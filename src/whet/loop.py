@@ -1,0 +1,208 @@
+"""The one training loop: take units, annotate, give credit, update, publish; for every method the same."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from whet.backends.optimizer import learning_rate
+from whet.backends.protocol import Backend
+from whet.batch import Batch, collate
+from whet.config.run import RunConfig
+from whet.log import RunLog
+from whet.methods import Method
+from whet.rollout.protocols import Source
+from whet.schedule import Schedule
+
+logger = logging.getLogger(__name__)
+
+LOGPROB_ALARM = 0.05
+"""Mean difference between the sampler's and the trainer's logprobs above which a run warns: beyond rounding."""
+
+Evaluator = Callable[[], Awaitable[dict[str, float]]]
+"""Metrics named `eval/…` of the policy as it is."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come; saved with every checkpoint."""
+
+    step: int = 0
+    optimizer_steps: int = 0
+    num_tokens: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    evaluations_without_improvement: int = 0
+    stopped_early: bool = False
+    last_eval: dict[str, float] = field(default_factory=dict)
+
+
+class Saver(Protocol):
+    """Keeps the state of a loop on disk."""
+
+    def save(self, loop: Loop, *, best: bool) -> None: ...
+
+
+class Loop:
+    """Everything that a training run is made of, and the loop over it.
+
+    `backends` are by role; `policy` is the one that is trained. `callbacks` are called with the loop after
+    every step.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: Method,
+        source: Source,
+        backends: Mapping[str, Backend],
+        schedule: Schedule,
+        log: RunLog,
+        *,
+        evaluate: Evaluator | None = None,
+        saver: Saver | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.config, self.method, self.source, self.backends = config, method, source, backends
+        self.schedule, self.log, self.evaluate, self.saver = schedule, log, evaluate, saver
+        self.progress = progress or Progress()
+        self.callbacks: list[Callable[[Loop], None]] = []
+        self.policy = backends["policy"]
+        self._stop_requested = False
+        self._prefix = "train/" if method.source == "prompts" else ""
+
+    @property
+    def global_step(self) -> int:
+        """Steps done since the start of the run, earlier sessions of it included."""
+        return self.progress.step
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step >= self.schedule.total_steps or self.progress.stopped_early
+
+    def request_stop(self) -> None:
+        """End after the step that is running, with a checkpoint."""
+        self._stop_requested = True
+
+    async def run(self) -> Progress:
+        """Train to the end of the schedule, an early stop, or a requested one."""
+        if self.config.eval.at_start and self.progress.step == 0:
+            await self._evaluate()
+        while not self.finished and not self._stop_requested:
+            metrics = await self.train_step()
+            step = self.progress.step
+            self.log.log(step, metrics)
+            improved = self.schedule.evaluates_after(step) and await self._evaluate()
+            for callback in self.callbacks:
+                callback(self)
+            if self.saver and self._saves_now(improved):
+                self.saver.save(self, best=improved)
+        return self.progress
+
+    def _saves_now(self, improved: bool) -> bool:
+        ended = self.progress.stopped_early or self._stop_requested
+        best = improved and self.config.checkpoint.best
+        return self.schedule.saves_after(self.progress.step) or best or (ended and self.schedule.saves)
+
+    async def train_step(self) -> dict[str, float]:
+        """One turn of the loop; returns what was measured."""
+        started = time.perf_counter()
+        units = await self.source.take(self.schedule.units_per_step)
+        taken = time.perf_counter()
+        batch = self.prepare(collate(units, share_prefixes=getattr(self.policy, "shares_prefixes", True)))
+        metrics = self._update(batch)
+        self.progress.step += 1
+        self.progress.num_tokens += batch.num_tokens
+        await self.source.publish(self.progress.optimizer_steps)
+        ended = time.perf_counter()
+        metrics = {f"{self._prefix}{name}": value for name, value in metrics.items()}
+        self._alarm(metrics)
+        return {
+            **metrics,
+            "num_tokens": self.progress.num_tokens,
+            "epoch": self.progress.step / self.schedule.steps_per_epoch,
+            **getattr(self.source, "stats", {}),
+            "perf/train_tokens_per_s": batch.num_tokens / (ended - taken),
+            "perf/tokens_per_s": batch.num_tokens / (ended - started),
+            "perf/wait_ratio": (taken - started) / (ended - started),
+            "perf/step_s": ended - started,
+        }
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Annotations and credit, as the method says."""
+        for stage in self.method.annotate:
+            values = self.backends[stage.role].forward(batch, {stage.output})[stage.output]
+            batch = batch.with_columns(**{stage.writes: values})
+        for stage in self.method.credit:
+            batch = stage.rule(batch, **stage.options)
+        return batch
+
+    def _update(self, batch: Batch) -> dict[str, float]:
+        parts = []
+        for minibatch in batch.split(min(self.schedule.optimizer_steps, batch.num_units)):
+            metrics = self.policy.forward_backward(weighed(minibatch, self.method, self.config), self.method.terms)
+            metrics |= self.policy.optim_step(lr := self._learning_rate())
+            parts.append({**metrics, "learning_rate": lr})
+            self.progress.optimizer_steps += 1
+        return {**_combined(parts), "masked_sequences": int((batch.num_trained == 0).sum())}
+
+    def _learning_rate(self) -> float:
+        total = self.schedule.total_steps * self.schedule.optimizer_steps
+        return learning_rate(self.config.optim, self.progress.optimizer_steps, total)
+
+    def _alarm(self, metrics: Mapping[str, float]) -> None:
+        difference = metrics.get("train/train_rollout_logprob_abs_diff", 0.0)
+        if difference > LOGPROB_ALARM:
+            logger.warning(
+                "step %d: the sampler's and the trainer's logprobs differ by %.3g on average; the samples are "
+                "off-policy. Is the engine's precision, temperature or weight version another than the trainer's?",
+                self.progress.step,
+                difference,
+            )
+
+    async def _evaluate(self) -> bool:
+        """Evaluate, log, and keep count of the best. Returns whether this was an improvement."""
+        if self.evaluate is None:
+            return False
+        metrics = await self.evaluate()
+        self.log.log(self.progress.step, metrics)
+        self.progress.last_eval = metrics
+        return self._judge(metrics)
+
+    def _judge(self, metrics: Mapping[str, float]) -> bool:
+        settings, progress = self.config.eval, self.progress
+        name = settings.metric or ("eval/reward" if self.method.source == "prompts" else "eval/loss")
+        if name not in metrics:
+            raise KeyError(f"eval.metric is {name!r}, but the evaluation measures {', '.join(sorted(metrics))}")
+        sign = -1 if (settings.mode or ("min" if "loss" in name or "perplexity" in name else "max")) == "min" else 1
+        value = metrics[name]
+        improved = progress.best is None or sign * (value - progress.best) > settings.min_delta
+        if improved and math.isfinite(value):
+            progress.best, progress.best_step, progress.evaluations_without_improvement = value, progress.step, 0
+            return True
+        progress.evaluations_without_improvement += 1
+        if settings.patience and progress.evaluations_without_improvement >= settings.patience:
+            progress.stopped_early = True
+            self.log.message(
+                f"stopped early after step {progress.step}: {name} has not improved on {progress.best:.6g} (step "
+                f"{progress.best_step}) in {settings.patience} evaluations"
+            )
+        return False
+
+
+def weighed(batch: Batch, method: Method, config: RunConfig) -> Batch:
+    """The global batch of one optimizer step with the weights that the terms and their metrics need."""
+    kinds = {"token", *(term.weight for term in method.terms)}
+    longest = config.rollout.max_tokens if method.source == "prompts" else config.data.max_length
+    return batch.weighed(sorted(kinds), max_length=longest)
+
+
+def _combined(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Metrics of several optimizer steps as one: means, and maxima where the name says so."""
+    columns = {name: [part[name] for part in parts] for name in parts[0]}
+    return {name: max(v) if name.endswith("_max") else statistics.fmean(v) for name, v in columns.items()}
