@@ -1,0 +1,1 @@
+"""Environments: what a completion is answered with, one per file."""

@@ -1,0 +1,1 @@
+"""Rewards: functions of an episode, one per file, and the scorer that combines them."""

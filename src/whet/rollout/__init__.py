@@ -1,0 +1,1 @@
+"""Rollout: playing episodes, grouping and scoring them, and evaluating a policy by its samples."""

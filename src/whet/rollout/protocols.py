@@ -1,0 +1,99 @@
+"""What the rollout side is made of: Source, Env, Reward, Scorer, and what passes between them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from whet.types import Completion, Episode, Prompt, Unit
+
+StateDict = dict[str, Any]
+
+
+class Source(Protocol):
+    """Where the loop gets its units from: rows of a data set, or scored episodes of the policy."""
+
+    async def take(self, n: int) -> list[Unit]:
+        """The next units, `n` of them, or fewer where the source says so.
+
+        Every wait has a limit. Raises DataError, EngineError or RewardError when nothing can be had.
+        """
+        ...
+
+    async def publish(self, snapshot: Any) -> None:
+        """New weights are out: sample from them from now on. Data sets ignore it.
+
+        `snapshot` is what the engine's `update_weights` takes; the policy's version for the embedded engine.
+        """
+        ...
+
+    def state_dict(self) -> StateDict:
+        """What `load_state_dict` needs to go on with exactly the units that would have come next."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What an environment puts before the policy: tokens appended as they are and never trained on.
+
+    Token-in, token-out: history is never rendered or tokenised again, so an observation holds only
+    what is new, wrappers of the chat template included.
+    """
+
+    tokens: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """An environment's answer to one completion: over, or something new to respond to."""
+
+    done: bool
+    observation: Observation = Observation()
+
+
+class Env(Protocol):
+    """The world that one episode is played in; made anew for each episode.
+
+    An exception from either method marks this episode as failed; the others go on.
+    """
+
+    async def reset(self) -> Observation:
+        """Begin. Returns what follows the prompt before the first completion; usually nothing."""
+        ...
+
+    async def step(self, completion: Completion) -> Turn:
+        """Answer a completion that ended by itself. Cut-off and aborted ones are never shown to it."""
+        ...
+
+
+EnvFactory = Callable[[Prompt, Any], Env]
+"""`factory(prompt, tokenizer) -> Env`; keyword-only parameters of a factory are its options."""
+
+
+class Reward(Protocol):
+    """A function of a finished episode, sync or async.
+
+    A dict is recorded part by part; its `score` is what counts, or the sum of all parts without one.
+    None, a number that is not finite, or an exception marks the episode as failed.
+    """
+
+    def __call__(self, episode: Episode) -> float | dict[str, float] | Awaitable[float | dict[str, float]]: ...
+
+
+class Scorer(Protocol):
+    """Gives episodes their rewards."""
+
+    async def score(self, episode: Episode) -> None:
+        """Fill in `reward` and `rewards`, or mark the episode as failed and say why in `error`."""
+        ...
+
+    def report_failures(self, episodes: Sequence[Episode]) -> None:
+        """Warn of failed episodes. Raises RewardError with the first cause if all failed."""
+        ...
+
+    def report_uniform(self, episodes: Sequence[Episode]) -> None:
+        """Warn when all episodes of a training step have the same reward."""
+        ...
