@@ -1,0 +1,1 @@
+"""Data: files become rows, rows become conversations or prompts, those become tokens and masks."""
