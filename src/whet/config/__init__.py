@@ -1,0 +1,1 @@
+"""Configuration: frozen models, one per concern; importable without torch."""

@@ -1,0 +1,254 @@
+"""What can become of another tool's name: it sets settings, has no effect here, or is refused with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from whet.config.run import RunConfig
+
+Converted = Mapping[str, Any]
+"""Dotted path of a setting -> its value."""
+
+
+class Refused(ValueError):
+    """A name or its value cannot be honoured; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Unless:
+    """A value that holds unless the setting itself is given anywhere."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Alias:
+    """One name of another tool and what becomes of it."""
+
+    name: str
+    origin: str
+    effect: Literal["sets", "no effect", "refused"]
+    convert: Callable[[Any], Converted]
+    """The value as written -> settings. Raises Refused where the value cannot be honoured."""
+    targets: tuple[str, ...] = ()
+    note: str = ""
+    """How values are read, why there is no effect, or why the name is refused."""
+    switch: bool = False
+    """Whether the flag may stand alone, which means true."""
+    check: Callable[[RunConfig, Any], str | None] | None = None
+    """What contradicts the value in the finished configuration."""
+
+
+# How each kind of name is made.
+
+
+def renamed(origin: str, names: str, target: str, note: str = "") -> list[Alias]:
+    """Names that differ from ours in nothing else."""
+    return [Alias(name, origin, "sets", lambda value: {target: value}, (target,), note) for name in names.split()]
+
+
+def converted(
+    origin: str,
+    name: str,
+    targets: str,
+    convert: Callable[[Any], Converted],
+    note: str,
+    *,
+    switch: bool = False,
+    check: Callable[[RunConfig, Any], str | None] | None = None,
+) -> list[Alias]:
+    """A name whose value is said differently here."""
+    return [Alias(name, origin, "sets", convert, tuple(targets.split()), note, switch, check)]
+
+
+def idle(origin: str, name: str, why: str, only: tuple[object, ...] | None = (True, False, None)) -> list[Alias]:
+    """A name that needs nothing here, for the values of `only` (None: any); others are refused."""
+
+    def convert(value: object) -> Converted:
+        if only is not None and not any(value == one and type(value) is type(one) for one in only):
+            raise Refused(f"cannot be honoured: {why}; leave it out")
+        return {}
+
+    switch = only is not None and any(one is True for one in only)
+    return [Alias(name, origin, "no effect", convert, note=why, switch=switch)]
+
+
+def refused(origin: str, names: str, why: str, off: tuple[object, ...] = (False, None)) -> list[Alias]:
+    """Names of something that is not here. Values of `off` ask for nothing and pass."""
+
+    def convert(value: object) -> Converted:
+        if not any(value is one for one in off):
+            raise Refused(f"is refused: {why}")
+        return {}
+
+    return [Alias(name, origin, "refused", convert, note=why, switch=True) for name in names.split()]
+
+
+# How values are read.
+
+
+def switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise Refused("must be true or false")
+    return value
+
+
+def experiment(value: object) -> Converted:
+    name = str(value)
+    if not name or name in (".", "..") or "/" in name or "\\" in name:
+        raise Refused("must be a plain name, as it becomes a folder under runs/; use output_dir for a path")
+    return {"output_dir": f"runs/{name}"}
+
+
+def device(value: object) -> Converted:
+    if isinstance(value, str) and value.startswith("cuda:"):
+        if value != "cuda:0":
+            raise Refused("cannot choose a GPU by number; set CUDA_VISIBLE_DEVICES and use cuda")
+        value = "cuda"
+    return {"backend.device": "auto" if value is None else value}
+
+
+def freeze_layers(value: object) -> Converted:
+    return {"model.freeze.layers": 0 if value is None else value}
+
+
+def use_lora(value: object) -> Converted:
+    return {"model.adapter.type": "lora"} if switch(value) else {"model.adapter": None}
+
+
+def train_mode(value: object) -> Converted:
+    modes: dict[object, Converted] = {"lora": {"model.adapter.type": "lora"}, "full": {"model.adapter": None}}
+    if value == "qlora":
+        raise Refused("is refused: weights in 4 bits are not in this version; use lora")
+    if not isinstance(value, str) or value not in modes:
+        raise Refused("must be lora or full")
+    return modes[value]
+
+
+def precision(name: str) -> Callable[[object], Converted]:
+    def convert(value: object) -> Converted:
+        if value is None:
+            return {}
+        return {"backend.precision": name if switch(value) else Unless("float32")}
+
+    return convert
+
+
+def not_precision(*names: str) -> Callable[[RunConfig, object], str | None]:
+    """For a switch that is off: the precisions that contradict it."""
+
+    def check(config: RunConfig, value: object) -> str | None:
+        if value is False and config.backend.precision in names:
+            return f"but backend.precision is {config.backend.precision}; keep one of the two"
+        return None
+
+    return check
+
+
+def max_steps(value: object) -> Converted:
+    return {"train.steps": None if value == -1 else value}
+
+
+def scheduler(value: object) -> Converted:
+    return {"optim.schedule": "constant" if value == "constant_with_warmup" else value}
+
+
+def metric(value: object) -> Converted:
+    if not isinstance(value, str):
+        return {"eval.metric": value}
+    return {"eval.metric": "eval/" + value.removeprefix("eval_").removeprefix("eval/")}
+
+
+def greater_is_better(value: object) -> Converted:
+    return {} if value is None else {"eval.mode": "max" if switch(value) else "min"}
+
+
+def when(section: str, off: Converted) -> Callable[[object], Converted]:
+    """`eval_strategy` and `save_strategy`: `steps` leaves the interval to the name beside it."""
+
+    def convert(value: object) -> Converted:
+        if value == "epoch":
+            return {f"{section}.every_epochs": 1}
+        if value in ("no", False, None):
+            return off
+        if value == "steps":
+            return {}
+        raise Refused("must be no, steps or epoch")
+
+    return convert
+
+
+def resume(value: object) -> Converted:
+    return {} if value is None else {"checkpoint.resume": value}
+
+
+def report_to(value: object) -> Converted:
+    names = value if isinstance(value, list) else [value]
+    if unknown := [name for name in names if name not in ("tensorboard", "all", "none", None)]:
+        raise Refused(
+            f"cannot include {', '.join(map(str, unknown))}: this version writes TensorBoard files and "
+            "metrics.jsonl (always); use tensorboard or none"
+        )
+    return {"log.tensorboard": "tensorboard" in names or "all" in names}
+
+
+def top_k(value: object) -> Converted:
+    return {"rollout.top_k": 0 if value == -1 else value}
+
+
+def chat(value: object) -> Converted:
+    return {"data.chat": "always" if switch(value) else "never"}
+
+
+def use_kl_loss(value: object) -> Converted:
+    return {} if switch(value) else {"kl.coef": 0.0}
+
+
+def eps_clip(value: object) -> Converted:
+    return {"loss.clip_low": value, "loss.clip_high": Unless(value)}
+
+
+_OTHER_ESTIMATORS = ("ppo", "gae", "gspo", "cispo", "remax", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
+
+
+def estimator(value: object) -> Converted:
+    if value in _OTHER_ESTIMATORS:
+        raise Refused(f"cannot be {value} in this version; use grpo, grpo_no_std or rloo")
+    return {"credit.use": value}
+
+
+def rlhf_type(value: object) -> Converted:
+    if isinstance(value, str) and value.lower() == "rloo":
+        return {"method": "grpo", "credit.use": "rloo", "loss.use": "reinforce"}
+    raise Refused(f"cannot be {value}: this version trains with sft and grpo (RLOO is grpo with credit rloo)")
+
+
+def whole_number(value: object) -> Converted:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise Refused("must be a whole number")
+    return {}
+
+
+def global_batch_size(config: RunConfig, value: int) -> str | None:
+    """Compare the samples per optimizer step with what the other settings make of them."""
+    if config.method != "grpo":
+        rows, accumulation = config.train.batch_size, config.train.accumulation
+        if value == rows * accumulation:
+            return None
+        return (
+            f"but train.batch_size {rows} x train.accumulation {accumulation} = {rows * accumulation}; "
+            "change one of them, or leave this out"
+        )
+    rollout = config.rollout
+    samples = rollout.prompts_per_step * rollout.group_size
+    if value * rollout.optimizer_steps == samples:
+        return None
+    steps = samples // value if value > 0 and samples % value == 0 else None
+    return (
+        f"but rollout.prompts_per_step {rollout.prompts_per_step} x rollout.group_size {rollout.group_size} / "
+        f"rollout.optimizer_steps {rollout.optimizer_steps} = {samples / rollout.optimizer_steps:g}; "
+        + (f"set rollout.optimizer_steps to {steps}, " if steps else "change one of them, ")
+        + "or leave this out"
+    )

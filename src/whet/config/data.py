@@ -1,0 +1,56 @@
+"""Settings of the data: files, how their columns are named, how rows become tokens."""
+
+from typing import Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from whet.config.base import Config
+
+
+class DataConfig(Config):
+    """Training and evaluation data.
+
+    Files are JSONL, JSON (a list, or an object holding one under `data`), CSV or Parquet; a path may
+    carry a slice, as in `rows.jsonl@[0:1000]`.
+    """
+
+    train: str | list[str] | None = None
+    """Training file, or several, read as one."""
+    eval: str | list[str] | None = None
+    """Held-out file, or several, read as one."""
+    eval_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the training rows held out for evaluation, when `eval` is not given."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our name of a column -> its name in the file, as in `{prompt: question, response: answer}`."""
+    prompt_template: str | None = None
+    """Text around a plain prompt, with `{prompt}` where it goes."""
+    response_template: str | None = None
+    """Text around a plain response, with `{response}` where it goes."""
+    system: str | None = None
+    """System message put before conversations that have none, when the chat template is used."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """Use of the chat template: `auto` for messages only; `always` wraps plain prompts and responses
+    into user and assistant messages; `never` refuses messages."""
+    train_on: Literal["completion", "all"] = "completion"
+    """Which tokens are trained: the completions (assistant turns), or every token."""
+    max_length: int = Field(default=2048, ge=2)
+    """Longest sequence in tokens."""
+    max_prompt_length: int | None = Field(default=None, ge=1)
+    """Reinforcement learning: longer prompts are dropped and counted."""
+    on_too_long: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to sequences longer than `max_length`."""
+    max_cut_share: float = Field(default=0.2, ge=0, le=1)
+    """Refuse to start when more than this share of the rows is truncated or dropped."""
+    shuffle: bool = True
+    """Shuffle the rows anew in every epoch, from `seed` and the epoch."""
+    cache_dir: str | None = None
+    """Where tokenised data is kept; the default is `whet` in the user's cache folder."""
+
+    @field_validator("prompt_template", "response_template")
+    @classmethod
+    def _holds_its_place(cls, template: str | None, info: ValidationInfo) -> str | None:
+        """A template without its placeholder would give every row the same text."""
+        place = "{" + str(info.field_name).removesuffix("_template") + "}"
+        if template is not None and place not in template:
+            raise ValueError(f"{template!r} has no {place}; put it where the text of the row goes")
+        return template

@@ -1,0 +1,167 @@
+"""From a YAML file and flags to one checked, frozen configuration, and back to YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from whet.config.aliases import alias_of
+from whet.config.layers import Combined, combine
+from whet.config.names import Path, dotted, find, is_open, show, takes_bool
+from whet.config.problems import Problem, problems_of, refuse
+from whet.config.rules import violations
+from whet.config.run import RunConfig
+from whet.config.written import Origin, Written, read_flags, read_yaml, settings_in
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration and where its settings came from."""
+
+    config: RunConfig
+    sources: Mapping[str, str]
+    """Dotted path of every setting that was given -> `run.yaml, line 12`, `--optim.lr`, `the command`."""
+    notes: tuple[str, ...] = ()
+    """Names that were accepted although they have no effect here, each with the reason."""
+
+
+def load(method: str | None, path: str | None, overrides: Sequence[str]) -> Loaded:
+    """Read a YAML file, put flags on top, and check everything.
+
+    `method` is what the command says (None: the file says it, or sft). `overrides` are flags:
+    `--section.key value`, `--section.key=value`, `--section.key` alone for true; false is written out.
+    Within one layer a setting may be given only once, under one name. A text in place of a section
+    stands for its `use` or `path`, as in `--reward math`.
+    Raises ConfigError that tells all violations at once, each with its source.
+    """
+    layers: list[Sequence[Written]] = []
+    problems: list[str] = []
+    if path is not None:
+        in_file, wrong = read_yaml(path)
+        layers.append(in_file)
+        problems += wrong
+    flags, wrong = read_flags(overrides, _flag_type, _is_switch)
+    layers.append(flags)
+    return _build(method, layers, problems + wrong)
+
+
+def from_values(values: Mapping[str, Any], *, method: str | None = None, where: str = "the call") -> Loaded:
+    """The same from Python: a mapping of settings, nested or dotted, under any accepted names.
+
+    `where` stands for the source in messages, as in `TrainingConfig`.
+    Raises ConfigError that tells all violations at once.
+    """
+    return _build(method, [list(settings_in(dict(values), Origin(where)))], [])
+
+
+def dump(config: RunConfig) -> str:
+    """The whole configuration as YAML, defaults included; loading it gives an equal configuration."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _flag_type(path: Path) -> Any:
+    """What a flag's text is read as: the type of its setting, anything where only a plugin can tell."""
+    alias = alias_of(path) if find(path) is None and not is_open(path) else None
+    if alias is not None and len(alias.targets) == 1:
+        path = tuple(alias.targets[0].split("."))
+    setting = find(path)
+    return Any if setting is None or setting.section is not None else setting.field.annotation
+
+
+def _is_switch(path: Path) -> bool:
+    """Whether a flag may stand alone. Unknown names may, so that they are reported as unknown."""
+    setting = find(path)
+    if setting is not None:
+        return setting.section is None and takes_bool(setting.field.annotation)
+    if is_open(path):
+        return True
+    alias = alias_of(path)
+    return alias is None or alias.switch or takes_bool(_flag_type(path))
+
+
+def _build(method: str | None, layers: Sequence[Sequence[Written]], problems: Sequence[str]) -> Loaded:
+    combined = combine(layers)
+    combined.problems[:0] = problems
+    if method is not None:
+        _set_method(method, combined)
+    combined.values.setdefault("model", {})  # so that what is missing is the path, not the section
+    config = _checked(combined)
+    refuse(combined.problems)
+    assert config is not None, "a failed validation has problems"
+    notes = tuple(
+        f"{foreign.name} has no effect: {foreign.alias.note} (from {foreign.source})"
+        for foreign in combined.foreign
+        if foreign.alias.effect == "no effect"
+    )
+    sources = {dotted(path): source for path, source in combined.sources.items()}
+    return Loaded(config, MappingProxyType(sources), notes)
+
+
+def _set_method(method: str, combined: Combined) -> None:
+    given = combined.values.get("method", method)
+    if given != method:
+        combined.problems.append(
+            f"method is {show(given)} (from {combined.source(('method',))}), but the command is {method}; "
+            f"run that method, or remove it"
+        )
+    combined.values["method"] = method
+    combined.sources.setdefault(("method",), "the command")
+
+
+def _checked(combined: Combined) -> RunConfig | None:
+    """Validate the tree and apply the rules; what is wrong is added to `combined.problems`.
+
+    Where some values are wrong, the rules are applied to the rest, so that all is told at once.
+    """
+    wrong: list[Problem] = []
+    config = None
+    try:
+        config = RunConfig.model_validate(combined.values)
+    except ValidationError as error:
+        wrong = problems_of(error, combined.values, RunConfig)
+    combined.problems += [_with_source(problem, combined) for problem in wrong]
+    rest = config if config is not None else _rest(combined.values, wrong)
+    if rest is None:
+        return None
+    untold = [problem for problem in violations(rest) if not any(_touch(problem.path, one.path) for one in wrong)]
+    combined.problems += [_with_source(problem, combined) for problem in untold]
+    for foreign in combined.foreign:
+        if foreign.alias.check is not None and (against := foreign.alias.check(rest, foreign.value)):
+            combined.problems.append(f"{foreign.name} is {show(foreign.value)} (from {foreign.source}), {against}")
+    return config
+
+
+def _rest(values: Mapping[str, Any], wrong: Sequence[Problem]) -> RunConfig | None:
+    """The configuration without its wrong settings, or None where too little is left."""
+    paths = {problem.path for problem in wrong}
+
+    def keep(node: Any, at: Path) -> Any:
+        if isinstance(node, dict):
+            kept = {key: keep(value, (*at, key)) for key, value in node.items() if (*at, key) not in paths}
+            # What is required stands in for itself, so that the rest can be looked at.
+            missing = {str(path[-1]): "?" for path in paths if path[:-1] == at and path[-1] in ("use", "path")}
+            return {**missing, **kept}
+        if isinstance(node, list):
+            return [keep(item, (*at, index)) for index, item in enumerate(node)]
+        return node
+
+    try:
+        return RunConfig.model_validate(keep(values, ()))
+    except ValidationError:
+        return None
+
+
+def _touch(one: Path, other: Path) -> bool:
+    """Whether one path lies at or beneath the other."""
+    depth = min(len(one), len(other))
+    return one[:depth] == other[:depth]
+
+
+def _with_source(problem: Problem, combined: Combined) -> str:
+    source = combined.source(problem.path)
+    return f"{problem.text} (from {source})" if source else problem.text

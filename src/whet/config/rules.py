@@ -1,0 +1,239 @@
+"""Rules between settings that need neither model nor data: what does not go together, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+from whet.config.data import DataConfig
+from whet.config.names import did_you_mean, show
+from whet.config.problems import Problem
+from whet.config.rollout import EngineConfig, KLConfig, RolloutConfig
+from whet.config.run import RunConfig
+from whet.config.train import TrainConfig
+
+METHOD_NAMES = ("sft", "grpo")
+"""Methods that can be chosen by name."""
+GROUP_CREDITS = ("grpo", "grpo_no_std", "rloo")
+"""Credit rules that compare the members of a group, and so need at least two."""
+LESS_IS_BETTER = ("loss", "perplexity")
+MORE_IS_BETTER = ("accuracy", "accuracies", "reward", "score", "margin", "pass@")
+
+
+def violations(config: RunConfig) -> list[Problem]:
+    """Everything in a configuration that does not go together, in the order of the rules."""
+    return [problem for rule in RULES for problem in rule(config)]
+
+
+def metric_mode(metric: str) -> Literal["min", "max"] | None:
+    """Whether less or more of a metric is better, judged by its name; None where the name does not say."""
+    if any(word in metric for word in LESS_IS_BETTER):
+        return "min"
+    return "max" if any(word in metric for word in MORE_IS_BETTER) else None
+
+
+def _problem(path: str, text: str) -> Problem:
+    return Problem(tuple(path.split(".")), text)
+
+
+def _reinforces(config: RunConfig) -> bool:
+    return config.method == "grpo"
+
+
+def _evaluates(config: RunConfig) -> bool:
+    return config.data.eval is not None or config.data.eval_share > 0
+
+
+def _method(config: RunConfig) -> Iterator[Problem]:
+    if config.method not in METHOD_NAMES:
+        near = did_you_mean(config.method, METHOD_NAMES)
+        known = ", ".join(METHOD_NAMES)
+        yield _problem("method", f"method is {config.method!r}, which there is not (there is {known}){near}")
+
+
+def _needs(config: RunConfig) -> Iterator[Problem]:
+    if config.data.train is None or config.data.train == []:
+        yield _problem("data.train", f"data.train is missing: {config.method} needs a file to train on")
+    if _reinforces(config) and not config.reward and config.env is None:
+        yield _problem(
+            "reward", "reward is missing: grpo needs one, as in reward.use: math (or an env that gives rewards)"
+        )
+    if config.terms == []:
+        yield _problem("terms", "terms is an empty list, so there is no loss; name a term or leave it out")
+
+
+def _belongs(config: RunConfig) -> Iterator[Problem]:
+    """Settings of the other kind of training, which would be ignored."""
+    if config.method == "sft":
+        own = {
+            "reward": None,
+            "credit": None,
+            "env": None,
+            "kl": KLConfig(),
+            "rollout": RolloutConfig(),
+            "engine": EngineConfig(),
+        }
+        for name, default in own.items():
+            if getattr(config, name) != default:
+                yield _problem(name, f"{name} is given, but sft has no use for it; remove it, or run grpo")
+        if config.data.max_prompt_length is not None:
+            yield _problem(
+                "data.max_prompt_length",
+                f"data.max_prompt_length is {config.data.max_prompt_length}, but sft has no use for it; "
+                "data.max_length limits whole sequences",
+            )
+    elif _reinforces(config):
+        if config.data.max_length != DataConfig.model_fields["max_length"].default:
+            yield _problem(
+                "data.max_length",
+                f"data.max_length is {config.data.max_length}, but grpo has no use for it: data.max_prompt_length limits "
+                "prompts and rollout.max_tokens completions; remove it",
+            )
+        for name in ("batch_size", "accumulation"):
+            value = getattr(config.train, name)
+            if value != TrainConfig.model_fields[name].default:
+                yield _problem(
+                    f"train.{name}",
+                    f"train.{name} is {value}, but grpo has no use for it: a step takes "
+                    f"rollout.prompts_per_step ({config.rollout.prompts_per_step}) x rollout.group_size "
+                    f"({config.rollout.group_size}) completions; remove it",
+                )
+
+
+def _groups(config: RunConfig) -> Iterator[Problem]:
+    if not _reinforces(config):
+        return
+    rollout = config.rollout
+    credit = config.credit.use if config.credit else "grpo"
+    if rollout.group_size == 1 and credit in GROUP_CREDITS:
+        yield _problem(
+            "rollout.group_size",
+            f"rollout.group_size is 1, but credit {credit!r} needs at least 2: it compares the completions of a "
+            "prompt; raise it, or use a credit of your own (credit.use: package.module:function)",
+        )
+    if rollout.optimizer_steps > rollout.prompts_per_step:
+        yield _problem(
+            "rollout.optimizer_steps",
+            f"rollout.optimizer_steps is {rollout.optimizer_steps}, but there are only {rollout.prompts_per_step} "
+            "groups per step (rollout.prompts_per_step), and a group is never torn apart; lower it",
+        )
+
+
+def _loss(config: RunConfig) -> Iterator[Problem]:
+    if config.kl.type == "k1":
+        yield _problem(
+            "kl.type", "kl.type is 'k1', whose gradient as a loss is zero on average; use k2, k3 or low_var_kl"
+        )
+    if config.loss and config.terms:
+        yield _problem(
+            "loss", "loss and terms are both given, but terms stand in place of the method's own loss; keep one"
+        )
+
+
+def _precision(config: RunConfig) -> Iterator[Problem]:
+    if config.backend.device == "cpu" and config.backend.precision == "fp16":
+        yield _problem(
+            "backend.precision", "backend.precision is 'fp16', which a CPU does not train in; use bf16 or float32"
+        )
+    if config.backend.device == "cpu" and config.model.dtype == "float16":
+        yield _problem(
+            "model.dtype", "model.dtype is 'float16', which a CPU does not train in; use float32 or bfloat16"
+        )
+    elif config.backend.precision == "fp16" and config.model.dtype == "float16" and config.model.adapter is None:
+        yield _problem(
+            "model.dtype",
+            "model.dtype is 'float16', but backend.precision fp16 scales the loss, which needs float32 weights to "
+            "step on; use model.dtype float32",
+        )
+
+
+def _schedule(config: RunConfig) -> Iterator[Problem]:
+    optim, steps = config.optim, config.train.steps
+    if optim.warmup_steps is not None and steps is not None and optim.warmup_steps > steps:
+        yield _problem(
+            "optim.warmup_steps",
+            f"optim.warmup_steps is {optim.warmup_steps}, more than the {steps} steps of the run (train.steps); "
+            "lower it, or use optim.warmup_ratio",
+        )
+    if optim.schedule == "constant" and optim.min_lr_ratio > 0:
+        yield _problem(
+            "optim.min_lr_ratio",
+            f"optim.min_lr_ratio is {optim.min_lr_ratio}, but optim.schedule 'constant' never falls; use linear or "
+            "cosine, or remove it",
+        )
+
+
+def _evaluation(config: RunConfig) -> Iterator[Problem]:
+    data, evaluation = config.data, config.eval
+    if data.eval is not None and data.eval_share > 0:
+        yield _problem(
+            "data.eval_share",
+            f"data.eval_share is {data.eval_share}, but data.eval already names a file to evaluate on; keep one",
+        )
+    often = evaluation.every_steps is not None or evaluation.every_epochs is not None
+    asked = {
+        "eval.every_steps": evaluation.every_steps is not None,
+        "eval.every_epochs": evaluation.every_epochs is not None,
+        "eval.at_start": evaluation.at_start,
+        "eval.patience": evaluation.patience is not None,
+        "checkpoint.best": config.checkpoint.best,
+    }
+    for name, is_asked in asked.items():
+        if is_asked and not _evaluates(config):
+            section, _, key = name.partition(".")
+            value = show(getattr(getattr(config, section), key))
+            yield _problem(
+                name, f"{name} is {value}, but there is nothing to evaluate on; give data.eval or data.eval_share"
+            )
+    if evaluation.patience is not None and not often:
+        yield _problem(
+            "eval.patience",
+            f"eval.patience is {evaluation.patience}, but evaluations during training are off; give "
+            "eval.every_steps or eval.every_epochs",
+        )
+    if config.checkpoint.best and not (often or evaluation.at_end or evaluation.at_start):
+        yield _problem(
+            "checkpoint.best",
+            "checkpoint.best is true, but no evaluation is made; give eval.every_steps or eval.every_epochs",
+        )
+
+
+def _metric(config: RunConfig) -> Iterator[Problem]:
+    metric = config.eval.metric
+    if metric is None:
+        return
+    if not metric.startswith("eval/") or metric == "eval/":
+        yield _problem(
+            "eval.metric", f"eval.metric is {metric!r}, but metrics of evaluation begin with eval/, as in eval/loss"
+        )
+    elif config.eval.mode is None and metric_mode(metric) is None:
+        yield _problem(
+            "eval.metric",
+            f"eval.metric is {metric!r}, whose name does not tell whether less or more is better; set eval.mode to "
+            "min or max",
+        )
+
+
+def _sampling(config: RunConfig) -> Iterator[Problem]:
+    if config.eval.num_samples > 1 and config.eval.temperature == 0:
+        yield _problem(
+            "eval.num_samples",
+            f"eval.num_samples is {config.eval.num_samples}, but at eval.temperature 0 all completions of a prompt "
+            "are the same; use 1, or raise the temperature",
+        )
+    if "" in config.rollout.stop:
+        yield _problem("rollout.stop", "rollout.stop holds an empty text, which would end every completion; remove it")
+
+
+RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
+    _method,
+    _needs,
+    _belongs,
+    _groups,
+    _loss,
+    _precision,
+    _schedule,
+    _evaluation,
+    _metric,
+    _sampling,
+)

@@ -1,0 +1,59 @@
+"""The configuration of a whole run."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from whet.config.backend import BackendConfig
+from whet.config.base import Config, Plugin
+from whet.config.data import DataConfig
+from whet.config.model import ModelConfig
+from whet.config.optim import OptimConfig
+from whet.config.rollout import EngineConfig, KLConfig, RewardConfig, RolloutConfig
+from whet.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
+
+
+class LossConfig(Plugin):
+    """One term of the loss. Keys beside these are options of the loss function itself."""
+
+    coef: float = 1.0
+    """Factor of this term."""
+    weight: Literal["token", "sequence", "fixed_length", "pair"] | None = None
+    """How values become one number over the global batch: the mean over trained tokens (`token`), over
+    sequences of their token means (`sequence`), the sum over tokens divided by sequences times the
+    longest allowed completion (`fixed_length`), or the mean over pairs (`pair`). The default is the
+    method's."""
+
+
+class RunConfig(Config):
+    """A run: one method, one model, one data set."""
+
+    method: str = "sft"
+    """What to do: `sft` or `grpo`. The command line sets it from the command."""
+    output_dir: str = "runs/default"
+    """Folder for checkpoints, metrics and the final model."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of data order, sampling, and new weights."""
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    backend: BackendConfig = BackendConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    loss: dict = Field(default_factory=dict)
+    """Settings of the method's own loss term, as in `{use: dft}` or `{clip_high: 0.28}`."""
+    terms: list[LossConfig] | None = None
+    """The terms of the loss, in place of the method's own."""
+    credit: Plugin | None = None
+    """How rewards become advantages, in place of the method's own, as in `{use: rloo}`."""
+    kl: KLConfig = KLConfig()
+    entropy_coef: float = 0.0
+    """Coefficient of an entropy bonus."""
+    rollout: RolloutConfig = RolloutConfig()
+    engine: EngineConfig = EngineConfig()
+    env: Plugin | None = None
+    """The environment that completions are played in; one turn when not given."""
+    reward: RewardConfig | list[RewardConfig] | None = None
+    """Reward function, or several whose weighted sum is the reward."""
