@@ -1,0 +1,169 @@
+"""An episode is played in tokens, turn by turn, and ends with the status it deserves."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from whet.engines.protocol import Engine
+from whet.envs.single import SingleTurn
+from whet.errors import EngineError
+from whet.rollout.episode import play_episode, response_decoder
+from whet.rollout.protocols import Observation, Turn
+from whet.types import Completion, Episode, Sampling, VersionSpan
+
+
+class Dialogue:
+    """Answers `said` for as long as there is something left to say."""
+
+    def __init__(self, tokenizer, *said: str, greeting: str = "") -> None:
+        self.turns = [tokenizer.encode(text, add_special_tokens=False) for text in said]
+        self.greeting = tokenizer.encode(greeting, add_special_tokens=False)
+        self.seen: list[Completion] = []
+
+    async def reset(self) -> Observation:
+        return Observation(self.greeting)
+
+    async def step(self, completion: Completion) -> Turn:
+        self.seen.append(completion)
+        return Turn(done=False, observation=Observation(self.turns.pop(0))) if self.turns else Turn(done=True)
+
+
+async def play(engine: Engine, env, prompt, tokenizer, *, timeout_s: float = 5.0, **sampling) -> Episode:
+    episode = Episode(prompt, "g0", 1)
+    decode = response_decoder(tokenizer)
+    return await play_episode(episode, env, engine, Sampling(**sampling), seed=3, decode=decode, timeout_s=timeout_s)
+
+
+async def test_one_turn_holds_prompt_and_completion(scripted, make_prompt, tokenizer):
+    prompt = make_prompt("2+2=")
+    episode = await play(scripted(lambda *_: "4"), SingleTurn(prompt, tokenizer), prompt, tokenizer)
+    assert episode.status == "completed"
+    assert episode.response == "4"
+    assert episode.tokens == [*b"2+2=", *b"4", tokenizer.eos_token_id]
+    assert episode.loss_mask == [False] * 4 + [True] * 2
+    assert episode.sampler_logprobs == [0.0] * 4 + [-0.1, -0.2]
+    assert episode.versions == [VersionSpan(0, 4, 6)]
+
+
+async def test_turns_append_tokens_and_never_change_what_stands(scripted, make_prompt, tokenizer):
+    prompt = make_prompt("Q:")
+    engine = scripted(lambda tokens, _: "first" if len(tokens) < 5 else "second")
+    env = Dialogue(tokenizer, "<tool>", greeting="hi")
+    episode = await play(engine, env, prompt, tokenizer)
+    eos = [tokenizer.eos_token_id]
+    assert episode.tokens == [*b"Q:", *b"hi", *b"first", *eos, *b"<tool>", *b"second", *eos]
+    assert episode.loss_mask == [False] * 4 + [True] * 6 + [False] * 6 + [True] * 7
+    assert [logprob for logprob, mask in zip(episode.sampler_logprobs, episode.loss_mask, strict=True) if not mask] == (
+        [0.0] * 10
+    )
+    assert episode.versions == [VersionSpan(0, 4, 10), VersionSpan(0, 16, 23)]
+    # What the engine is given is the beginning of the episode, token for token.
+    assert [call[0] for call in engine.calls] == [episode.tokens[:4], episode.tokens[:16]]
+    assert episode.response == f"hifirst{tokenizer.eos_token}<tool>second"
+
+
+async def test_each_turn_has_a_seed_of_its_own_and_the_groups_key(scripted, make_prompt, tokenizer):
+    engine = scripted(lambda *_: "x")
+    await play(engine, Dialogue(tokenizer, "a", "b"), make_prompt("Q:"), tokenizer)
+    await play(engine, Dialogue(tokenizer, "a", "b"), make_prompt("Q:"), tokenizer)
+    seeds = [sampling.seed for _, sampling, _ in engine.calls]
+    assert seeds[:3] == seeds[3:] and len(set(seeds)) == 3
+    assert {key for _, _, key in engine.calls} == {"g0"}
+
+
+async def test_the_tokens_of_all_turns_share_one_limit(scripted, make_prompt, tokenizer):
+    engine = scripted(lambda *_: "abc")
+    env = Dialogue(tokenizer, "1", "2", "3")
+    episode = await play(engine, env, make_prompt("Q:"), tokenizer, max_tokens=10)
+    # 4 tokens (abc and the end) twice, then 2 of the third turn.
+    assert [sampling.max_tokens for _, sampling, _ in engine.calls] == [10, 6, 2]
+    assert (episode.num_sampled, episode.status) == (10, "truncated")
+    # A completion that was cut off is not shown to the environment.
+    assert [len(completion.tokens) for completion in env.seen] == [4, 4]
+
+
+async def test_an_environment_that_never_ends_is_cut_off(scripted, make_prompt, tokenizer):
+    class Endless(SingleTurn):
+        async def step(self, completion: Completion) -> Turn:
+            return Turn(done=False)
+
+    prompt = make_prompt("Q:")
+    episode = await play(scripted(lambda *_: "a"), Endless(prompt, tokenizer), prompt, tokenizer, max_tokens=8)
+    assert (episode.num_sampled, episode.status) == (8, "truncated")
+
+
+async def test_a_cut_off_completion_is_truncated(scripted, make_prompt, tokenizer):
+    prompt = make_prompt("Q:")
+    engine = scripted(lambda *_: "a long story")
+    episode = await play(engine, SingleTurn(prompt, tokenizer), prompt, tokenizer, max_tokens=6)
+    assert (episode.status, episode.response) == ("truncated", "a long")
+
+
+async def test_an_aborted_completion_keeps_what_it_has(scripted, make_prompt, tokenizer):
+    prompt = make_prompt("Q:")
+    engine = scripted(lambda *_: Completion([97, 98], [-1.0, -2.0], "abort"))
+    episode = await play(engine, SingleTurn(prompt, tokenizer), prompt, tokenizer)
+    assert (episode.status, episode.response, episode.num_sampled) == ("aborted", "ab", 2)
+    empty = await play(
+        scripted(lambda *_: Completion([], [], "abort")), SingleTurn(prompt, tokenizer), prompt, tokenizer
+    )
+    assert (empty.status, empty.response) == ("aborted", "")
+
+
+async def test_an_environment_that_raises_fails_its_episode(scripted, make_prompt, tokenizer):
+    class Broken(SingleTurn):
+        async def step(self, completion: Completion) -> Turn:
+            raise KeyError("browser")
+
+    prompt = make_prompt("Q:")
+    episode = await play(scripted(lambda *_: "x"), Broken(prompt, tokenizer), prompt, tokenizer)
+    assert episode.status == "failed"
+    assert episode.error == "environment Broken.step raised KeyError: 'browser'"
+    assert episode.response == "x"
+
+
+async def test_an_environment_that_does_not_answer_fails_its_episode(scripted, make_prompt, tokenizer):
+    class Asleep(SingleTurn):
+        async def reset(self) -> Observation:
+            await asyncio.sleep(60)
+            return Observation()
+
+    prompt = make_prompt("Q:")
+    episode = await play(scripted(lambda *_: "x"), Asleep(prompt, tokenizer), prompt, tokenizer, timeout_s=0.05)
+    assert (episode.status, episode.error) == ("failed", "environment Asleep.reset did not answer within 0.05 s")
+
+
+async def test_an_engine_that_does_not_answer_is_an_error_that_says_what_was_waited_for(make_prompt, tokenizer):
+    class Silent:
+        async def generate(self, tokens, sampling, *, prefix_key=None) -> Completion:
+            await asyncio.sleep(60)
+            raise AssertionError("unreachable")
+
+    prompt = make_prompt("Q:")
+    with pytest.raises(
+        EngineError, match=r"g0/1 \(prompt p0, 2 tokens so far, .* within 0.05 s; raise engine.timeout_s"
+    ):
+        await play(Silent(), SingleTurn(prompt, tokenizer), prompt, tokenizer, timeout_s=0.05)
+
+
+@pytest.mark.parametrize(
+    ("completion", "told"),
+    [
+        (Completion([1, 2], [-0.1], "stop"), "2 tokens but 1 logprobs"),
+        (Completion([], [], "stop"), "no token and finish reason 'stop'"),
+    ],
+)
+async def test_an_engine_that_breaks_its_promises_is_an_error(completion, told, scripted, make_prompt, tokenizer):
+    prompt = make_prompt("Q:")
+    with pytest.raises(EngineError, match=told):
+        await play(scripted(lambda *_: completion), SingleTurn(prompt, tokenizer), prompt, tokenizer)
+
+
+def test_only_special_tokens_at_the_end_are_left_out_of_the_text(tokenizer):
+    decode = response_decoder(tokenizer, stop_token_ids=[ord("!")])
+    start, end = tokenizer.encode("<|im_start|>")[0], tokenizer.eos_token_id
+    assert decode([start, *b"a , b", end, end]) == "<|im_start|>a , b"
+    assert decode([*b"a!b!", end]) == "a!b"
+    assert decode([end]) == decode([]) == ""
