@@ -19,11 +19,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import BaseModel
 
-from whet.config.base import Plugin
-from whet.config.plugin import resolve, validated_options
+from whet.config.loader import from_values, load
 from whet.config.run import RunConfig
+from whet.envs.registry import build_env
+from whet.recipe import method_of
+from whet.rewards.registry import build_scorer
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -82,29 +83,24 @@ def run_python(page: Path) -> dict:
 
 
 def settings_of(code: str) -> dict:
-    """A YAML block as a whole configuration: a block that shows one section gets a model beside it."""
+    """A YAML block as a whole configuration: one that shows only some sections gets what every run needs."""
     settings = yaml.safe_load(code)
     assert isinstance(settings, dict), "a YAML block holds a mapping"
-    return {"model": {"path": MODELS[0]}} | settings
+    if "path" in settings.get("model", {}) or "model_name_or_path" in settings:
+        return settings
+    settings["model"] = {"path": MODELS[0]} | settings.get("model", {})
+    settings["data"] = {"train": "train.jsonl"} | settings.get("data", {})
+    if settings.get("method") == "grpo":
+        settings.setdefault("reward", "exact")
+    return settings
 
 
-def check_settings(settings: dict) -> None:
-    """Raise ConfigError, a ValueError, for an unknown setting or for options that one's own code does not take."""
-    for plugin in plugins_in(RunConfig.model_validate(settings)):
-        if ":" in plugin.use:
-            target = resolve(plugin.use, {}, what="plugin", where="use")
-            validated_options(target, plugin.options, where=plugin.use)
-
-
-def plugins_in(value: object) -> Iterator[Plugin]:
-    """Everything in a configuration that is chosen by name, at any depth."""
-    if isinstance(value, Plugin):
-        yield value
-    elif isinstance(value, BaseModel):
-        yield from plugins_in([one for _, one in value])
-    elif isinstance(value, list):
-        for one in value:
-            yield from plugins_in(one)
+def check(config: RunConfig) -> None:
+    """Raise ConfigError, a ValueError, where losses, credit, rewards or environment do not fit the settings."""
+    method_of(config)
+    build_env(config.env)
+    if config.reward:
+        build_scorer(config.reward)
 
 
 @pytest.fixture
@@ -135,14 +131,15 @@ def test_yaml_of_the_page_is_a_configuration(page: Path, reader: Path):
     save_named(blocks_to_run(page, "python"))
     for block in blocks_to_run(page, "yaml"):
         try:
-            check_settings(settings_of(block.code))
+            check(from_values(settings_of(block.code)).config)
         except ValueError as error:
             pytest.fail(f"{page.name}:{block.line}: {error}")
 
 
 @pytest.mark.parametrize("example", [pytest.param(path, id=path.name) for path in EXAMPLES])
-def test_example_is_a_configuration(example: Path):
-    assert RunConfig.model_validate(yaml.safe_load(example.read_text(encoding="utf-8")))
+def test_example_is_a_configuration(example: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(example.parent)
+    check(load(None, str(example), []).config)
 
 
 def code_in(text: str) -> str:
@@ -217,10 +214,10 @@ def test_a_block_is_left_out_only_with_a_reason():
 
 def test_a_misspelt_setting_in_a_block_is_found():
     with pytest.raises(ValueError, match="optimm"):
-        check_settings(settings_of("optimm: {lr: 1.0e-5}\n"))
+        from_values(settings_of("optimm: {lr: 1.0e-5}\n"))
 
 
 def test_a_misspelt_option_of_the_readers_own_code_is_found(reader: Path):
     (reader / "own_rewards.py").write_text("def exact(episode, *, most=1): ...\n", encoding="utf-8")
     with pytest.raises(ValueError, match="mosst"):
-        check_settings(settings_of('reward: {use: "own_rewards:exact", mosst: 2}\n'))
+        check(from_values(settings_of('method: grpo\nreward: {use: "own_rewards:exact", mosst: 2}\n')).config)

@@ -15,22 +15,10 @@ PACKAGE = ROOT / "src" / "whet"
 
 # A module or folder of src/whet imports only from those to its left, and from itself.
 ORDER = (
-    *("types", "columns", "errors", "tree", "batch", "tensor", "losses", "credit", "methods"),
-    *("config", "models", "engines", "data", "rollout", "rewards", "envs", "backends", "weights"),
-    *(
-        "checkpoints",
-        "cluster",
-        "check",
-        "log",
-        "evaluate",
-        "loop",
-        "compose",
-        "trainer",
-        "view",
-        "demo",
-        "cli",
-        "__main__",
-    ),
+    *("types", "columns", "errors", "tree", "batch", "tensor", "losses", "credit", "methods", "config"),
+    *("models", "engines", "data", "rollout", "rewards", "envs", "checkpoints", "backends", "weights", "cluster"),
+    *("check", "view", "log", "schedule", "recipe", "loop", "evaluate", "feeds", "keeper", "compose", "trainer"),
+    *("demo", "cli", "__main__"),
 )
 
 # These rooms see less than what lies to their left.
