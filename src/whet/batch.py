@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -109,9 +110,9 @@ class Batch:
         """The batch of these units, in this order."""
         device = self.tokens.device
         by_unit = np.split(np.arange(self.num_sequences), np.flatnonzero(np.diff(self.unit_ids.cpu().numpy())) + 1)
-        bounds = self.cu_seqlens.cpu().numpy()
+        bounds = self.cu_seqlens.tolist()
         sequences = np.concatenate([by_unit[u] for u in units])
-        tokens = np.concatenate([np.arange(bounds[s], bounds[s + 1]) for s in sequences])
+        tokens = np.concatenate([np.arange(bounds[s], bounds[s + 1]) for s in sequences.tolist()])
         pick = {
             "token": torch.from_numpy(tokens).to(device),
             "sequence": torch.from_numpy(sequences).to(device),
@@ -155,7 +156,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """This batch with its tensors on another device."""
-        move = {k: getattr(self, k).to(device) for k in ("tokens", "position_ids", "cu_seqlens", "loss_mask", "unit_ids")}
+        names = ("tokens", "position_ids", "cu_seqlens", "loss_mask", "unit_ids")
+        move = {name: getattr(self, name).to(device) for name in names}
         return replace(self, **move, columns={k: v.to(device) for k, v in self.columns.items()})
 
 
@@ -187,7 +189,7 @@ def collate(units: Sequence[Unit], *, share_prefixes: bool = True) -> Batch:
     mask = np.concatenate([np.asarray(sample.loss_mask, dtype=bool) for sample in samples])
     mask[starts[:-1].numpy()] = False  # nothing predicts the first token of a sequence
     counts = [len(unit.samples) for unit in units]
-    first = np.cumsum([0, *counts])
+    first = np.cumsum([0, *counts]).tolist()
     lay_out = tree.build if share_prefixes else tree.flat
     batch = Batch(
         tokens=torch.from_numpy(np.concatenate(rows)),
@@ -196,7 +198,7 @@ def collate(units: Sequence[Unit], *, share_prefixes: bool = True) -> Batch:
         loss_mask=torch.from_numpy(mask),
         unit_ids=torch.repeat_interleave(torch.arange(len(units)), torch.tensor(counts)),
         unit_names=tuple(unit.id for unit in units),
-        trees=tuple(lay_out(rows[a:b]) for a, b in zip(first[:-1], first[1:], strict=True)),
+        trees=tuple(lay_out(rows[a:b]) for a, b in pairwise(first)),
     )
     return batch.with_columns(**_carried(samples))
 

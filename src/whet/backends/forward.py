@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Set
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -48,7 +49,7 @@ class Forward:
         trained = batch.loss_mask.nonzero()[:, 0]
         if not len(trained):  # the graph stays connected, so that every micro-batch can run backward
             zeros = head(self.model).weight.sum() * 0 + torch.zeros(batch.num_tokens, device=batch.tokens.device)
-            return {name: zeros for name in outputs}
+            return dict.fromkeys(outputs, zeros)
         hidden, looks = (self._rows if self.mode == "rows" else self._stream)(batch, trained)
         values = token_logprobs(
             hidden[looks.predictors],
@@ -109,8 +110,7 @@ def _to_rows(values: Tensor, looks: _Looks, trained: Tensor, num_tokens: int) ->
 def own_logprobs(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> Tensor:
     """Logprobs [T] by the model's own forward, row by row: what `Forward` must agree with."""
     logprobs = torch.zeros(batch.num_tokens, device=batch.tokens.device)
-    bounds = batch.cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(batch.cu_seqlens.tolist()):
         tokens = batch.tokens[start:end]
         logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float() / temperature
         logprobs[start + 1 : end] = logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0]

@@ -11,18 +11,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from whet.backends.device import Arithmetic
-from whet.backends.forward import Forward
 from whet.backends.optimizer import adamw
 from whet.backends.parity import choose_mode
 from whet.batch import Batch
+from whet.checkpoints.state import load_optimizer, read_json, save_optimizer, write_json
 from whet.config.backend import BackendConfig
 from whet.config.optim import OptimConfig
 from whet.errors import TrainingError
 from whet.methods import Term
-from whet.models.adapters import trainable_summary
+from whet.models.adapters import adapter_off, trainable_summary
 from whet.models.export import save_model
 from whet.models.parts import base
 from whet.models.restore import load_weights
+
+SCALER_FILE = "scaler.json"
 
 METRIC_WEIGHTS = {"token": "token", "sequence": "row", "pair": "pair"}
 """What a metric is averaged with, by what its loss is per."""
@@ -51,10 +53,9 @@ class LocalBackend:
         attention: str = "auto",
         temperature: float = 1.0,
     ):
-        self.model, self.tokenizer, self.config, self.arithmetic = model.to(arithmetic.device), tokenizer, config, arithmetic
-        self.compute = choose_mode(
-            model, attention, arithmetic, temperature=temperature, chunk_mb=config.head_chunk_mb
-        )
+        self.model, self.tokenizer = model.to(arithmetic.device), tokenizer
+        self.config, self.arithmetic = config, arithmetic
+        self.compute = choose_mode(model, attention, arithmetic, temperature=temperature, chunk_mb=config.head_chunk_mb)
         self.optim = optim
         self.optimizer = None
         if optim is not None:
@@ -77,7 +78,8 @@ class LocalBackend:
         with self.compute.installed():
             for units in self._micro_batches(batch):
                 micro = batch.select(units)
-                tokens = torch.isin(batch.unit_ids, torch.tensor(units, device=batch.unit_ids.device))[batch.sequence_ids]
+                chosen = torch.tensor(units, device=batch.unit_ids.device)
+                tokens = torch.isin(batch.unit_ids, chosen)[batch.sequence_ids]
                 with self.arithmetic.context():
                     out = self.compute(micro.to(self.arithmetic.device), outputs)
                 for name in outputs:
@@ -122,16 +124,18 @@ class LocalBackend:
 
     def save(self, folder: Path) -> None:
         """Weights as transformers or peft load them, and the optimizer beside them."""
-        from whet.checkpoints.state import save_optimizer, write_json
-
         self.export_weights(folder)
         if self.optimizer is not None:
             save_optimizer(self.optimizer, folder)
-            write_json(self.scaler.state_dict(), folder / "scaler.json")
+            write_json(self.scaler.state_dict(), folder / SCALER_FILE)
 
     def load(self, folder: Path) -> None:
-        """Exactly the weights and the optimizer state that `save` wrote."""
-        raise AssertionError
+        """Exactly the weights and the optimizer state that `save` wrote. Raises CheckpointError."""
+        load_weights(self.model, folder)
+        if self.optimizer is not None:
+            load_optimizer(self.optimizer, folder)
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(read_json(folder / SCALER_FILE))
 
     def export_weights(self, folder: Path) -> None:
         """The weights, in the type they are trained in."""
@@ -205,9 +209,22 @@ class _Totals:
         numbers = torch.stack([value.double() for value in self.sums.values()]).tolist()
         result = dict(zip(self.sums, numbers, strict=True))
         if not torch.isfinite(torch.tensor(result["loss"])):
-            bad = [name for names, loss in self.losses if not torch.isfinite(loss) for name in names]
+            bad = [name for units, loss in self.losses if not torch.isfinite(loss) for name in units]
+            names = ", ".join(bad[:8]) + (" …" if len(bad) > 8 else "")
             raise TrainingError(
-                f"the loss is {result['loss']} in the micro-batch of {', '.join(bad[:8])}{' …' if len(bad) > 8 else ''}; "
+                f"the loss is {result['loss']} in the micro-batch of {names}; "
                 "nothing was updated. Look at these rows, lower optim.lr, or use float32 arithmetic (backend.precision)"
             )
         return result
+
+
+class WithoutAdapter:
+    """The policy as it was before its adapter: a reference that needs no second copy of the weights."""
+
+    def __init__(self, policy: LocalBackend):
+        self.policy = policy
+
+    def forward(self, batch: Batch, outputs: Set[str]) -> dict[str, Tensor]:
+        """Outputs [T] of the base model."""
+        with adapter_off(self.policy.model):
+            return self.policy.forward(batch, outputs)

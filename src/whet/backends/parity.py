@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -23,7 +24,12 @@ is off by far more on most tokens, so the mean must also lie within a tenth of t
 
 
 def choose_mode(
-    model: PreTrainedModel, wanted: str, arithmetic: Arithmetic, *, temperature: float = 1.0, chunk_mb: int
+    model: PreTrainedModel,
+    wanted: Mode | Literal["auto"],
+    arithmetic: Arithmetic,
+    *,
+    temperature: float = 1.0,
+    chunk_mb: int,
 ) -> Forward:
     """The first of tree, packed, rows (or the wanted one) whose logprobs agree with the model's own forward.
 

@@ -86,8 +86,8 @@ def _belongs(config: RunConfig) -> Iterator[Problem]:
         if config.data.max_length != DataConfig.model_fields["max_length"].default:
             yield _problem(
                 "data.max_length",
-                f"data.max_length is {config.data.max_length}, but grpo has no use for it: data.max_prompt_length limits "
-                "prompts and rollout.max_tokens completions; remove it",
+                f"data.max_length is {config.data.max_length}, but grpo has no use for it: data.max_prompt_length "
+                "limits prompts and rollout.max_tokens completions; remove it",
             )
         for name in ("batch_size", "accumulation"):
             value = getattr(config.train, name)

@@ -127,16 +127,18 @@ class _Reader:
                 for index, item in enumerate(node.value):
                     self.lines[(*at, index)] = item.start_mark.line + 1
                 return [self._value(item, (*at, index)) for index, item in enumerate(node.value)]
+            return self._scalar(node)
+        finally:
+            self._open.discard(node)
+
+    def _scalar(self, node: yaml.Node) -> Any:
+        try:
             return self._loader.construct_object(node)
         except ValueError as error:  # what looks like a date or a number, and is none
-            if isinstance(error, ConfigError):
-                raise
             raise ConfigError(
                 f"{self.path}, line {node.start_mark.line + 1}: {show(node.value)} cannot be read ({error}); "
                 "put it in quotes"
             ) from error
-        finally:
-            self._open.discard(node)
 
     def _mapping(self, node: yaml.MappingNode, at: Path) -> dict[str, Any]:
         self._note_duplicates(node, at)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from whet.batch import Batch
 
@@ -22,11 +22,12 @@ class Credit(Protocol):
 
 def credit(
     *, reads: Sequence[str] = ("rewards",), writes: Sequence[str] = ("advantages",), min_group: int = 1
-) -> Callable:
+) -> Callable[[Callable[..., Batch]], Credit]:
     """Declare what a credit rule needs; see `Credit`."""
 
-    def declare(function):
-        function.reads, function.writes, function.min_group = frozenset(reads), frozenset(writes), min_group
-        return function
+    def declare(function: Callable[..., Batch]) -> Credit:
+        declared = cast(Any, function)
+        declared.reads, declared.writes, declared.min_group = frozenset(reads), frozenset(writes), min_group
+        return declared
 
     return declare

@@ -56,10 +56,7 @@ def _size_and_mean(rewards: Tensor, groups: Tensor, count: int) -> tuple[Tensor,
 def _with_advantages(batch: Batch, advantages: Tensor) -> Batch:
     """[N] -> column `advantages` [T], 0 off the trained tokens and where a group's rewards are all equal."""
     rewards, groups = batch["rewards"], batch.unit_ids
-    low, high = (
-        torch.zeros(batch.num_units, dtype=rewards.dtype, device=rewards.device)
-        .scatter_reduce(0, groups, rewards, how, include_self=False)
-        for how in ("amin", "amax")
-    )
+    zeros = torch.zeros(batch.num_units, dtype=rewards.dtype, device=rewards.device)
+    low, high = (zeros.scatter_reduce(0, groups, rewards, how, include_self=False) for how in ("amin", "amax"))
     advantages = torch.where((low == high)[groups], 0.0, advantages)  # rounding must not make a difference of none
     return batch.with_columns(advantages=advantages[batch.sequence_ids] * batch.loss_mask)

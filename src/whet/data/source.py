@@ -92,6 +92,9 @@ class RowSource(_Walk):
         """The next `n` units, or fewer where the epoch ends: a window never straddles two epochs."""
         return [self._prepared[i] for i in self._window(n)]
 
+    async def publish(self, version: int) -> None:
+        """Rows do not depend on the policy."""
+
 
 class PromptRows(_Walk):
     """Prompts of a data set, in an order that follows from seed and epoch."""
@@ -100,7 +103,7 @@ class PromptRows(_Walk):
         super().__init__(len(prompts), _fingerprint(prompts), seed=seed, shuffle=shuffle)
         self._prompts = prompts
 
-    def take(self, n: int) -> list[Prompt]:
+    async def take(self, n: int) -> list[Prompt]:
         """The next `n` prompts, from as many epochs as that takes."""
         taken: list[Prompt] = []
         while len(taken) < n:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
+from typing import Any
 
 from whet.losses.base import Loss, Metrics, Outputs, loss
 from whet.losses.policy import entropy_bonus, kl, ppo_clip, reinforce
@@ -43,7 +44,7 @@ def create_loss(kind: str, **options) -> Loss:
     known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"create_loss({kind!r}): unknown options {unknown}; {name} has {known or 'none'}")
-    bound = partial(function, **options)
+    bound: Any = partial(function, **options)
     for attribute in ("outputs_if", "reads", "per"):
         setattr(bound, attribute, getattr(function, attribute))
     extra = [names for option, names in function.outputs_if.items() if options.get(option)]

@@ -11,7 +11,7 @@ batch's business (`whet.batch.weights`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
@@ -48,14 +48,15 @@ def loss(
     outputs_if: Mapping[str, Sequence[str]] | None = None,
     reads: Sequence[str] = (),
     per: Per = "token",
-) -> Callable:
+) -> Callable[[Callable[..., tuple[Tensor, Metrics]]], Loss]:
     """Declare what a loss function needs; see `Loss`."""
 
-    def declare(function):
-        function.outputs = frozenset(outputs)
-        function.outputs_if = {option: frozenset(names) for option, names in (outputs_if or {}).items()}
-        function.reads = frozenset(reads)
-        function.per = per
-        return function
+    def declare(function: Callable[..., tuple[Tensor, Metrics]]) -> Loss:
+        declared = cast(Any, function)
+        declared.outputs = frozenset(outputs)
+        declared.outputs_if = {option: frozenset(names) for option, names in (outputs_if or {}).items()}
+        declared.reads = frozenset(reads)
+        declared.per = per
+        return declared
 
     return declare

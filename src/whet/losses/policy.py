@@ -50,9 +50,7 @@ def reinforce(out: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:
 
 
 @loss(reads=("ref_logprobs",))
-def kl(
-    out: Outputs, batch: Batch, *, type: Literal["k2", "k3", "low_var_kl"] = "k3"
-) -> tuple[Tensor, Metrics]:
+def kl(out: Outputs, batch: Batch, *, type: Literal["k2", "k3", "low_var_kl"] = "k3") -> tuple[Tensor, Metrics]:
     """Estimated KL divergence from the reference per token [T]; k1 has no useful gradient and is left out."""
     values = kl_estimate(out["logprobs"], batch["ref_logprobs"], type)
     return values, {"kl": values.detach()}

@@ -55,4 +55,4 @@ def attention(model: PreTrainedModel):
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(before or "eager")

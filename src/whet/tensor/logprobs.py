@@ -79,7 +79,7 @@ class _ChunkedHead(torch.autograd.Function):
         entropy, mean = (torch.empty_like(logprobs) if e in spec.extras else None for e in ("entropy", "mean_logprobs"))
         correct = torch.empty_like(logprobs, dtype=torch.bool) if "correct" in spec.extras else None
         keep = any(ctx.needs_input_grad)
-        probabilities = None
+        probabilities: Tensor | None = None
         for span in logits.spans:
             logp = logits.log_softmax(span)
             chosen = logp.gather(1, targets[span, None])
@@ -90,8 +90,8 @@ class _ChunkedHead(torch.autograd.Function):
                 mean[span] = logp.mean(-1)
             if entropy is not None or (keep and span is logits.spans[-1]):
                 probabilities = torch.exp(logp, out=logits.spare(span))
-            if entropy is not None:
-                entropy[span] = logp.mul_(probabilities).sum(-1).neg_()
+                if entropy is not None:
+                    entropy[span] = logp.mul_(probabilities).sum(-1).neg_()
         ctx.save_for_backward(hidden, weight, bias, targets, entropy)
         ctx.spec, ctx.kept = spec, probabilities if keep else None
         ctx.set_materialize_grads(False)
@@ -101,7 +101,7 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logprobs, grad_entropy, grad_mean, _):
+    def backward(ctx, *grads):
         hidden, weight, bias, targets, entropy = ctx.saved_tensors
         spec, kept, ctx.kept = ctx.spec, ctx.kept, None
         logits = _Logits(hidden, weight, bias, spec)
@@ -111,11 +111,11 @@ class _ChunkedHead(torch.autograd.Function):
         )
         for span in reversed(logits.spans):
             logp, probabilities = None, kept
-            if kept is None or grad_entropy is not None:
+            if kept is None or grads[1] is not None:
                 logp = logits.log_softmax(span)
                 probabilities = torch.exp(logp, out=logits.spare(span))
             kept = None
-            upstream = [None if g is None else g[span, None] for g in (grad_logprobs, grad_entropy, grad_mean)]
+            upstream = [None if g is None else g[span, None] for g in grads[:3]]
             grad = _logit_gradient(probabilities, logp, entropy, targets, span, *upstream)
             grad = logits.gradient_before_temperature(grad, span).to(spec.dtype)
             if grad_hidden is not None:
@@ -161,10 +161,11 @@ class _Logits:
         self._buffers: list[Tensor | None] = [None, None]
 
     def _buffer(self, which: int, span: slice) -> Tensor:
-        if self._buffers[which] is None:
+        buffer = self._buffers[which]
+        if buffer is None:
             shape = (min(self.spec.rows, len(self.hidden)), len(self.weight))
-            self._buffers[which] = self.hidden.new_empty(shape, dtype=torch.float32)
-        return self._buffers[which][: span.stop - span.start]
+            buffer = self._buffers[which] = self.hidden.new_empty(shape, dtype=torch.float32)
+        return buffer[: span.stop - span.start]
 
     def spare(self, span: slice) -> Tensor:
         """The buffer that does not hold the last log_softmax."""

@@ -12,6 +12,8 @@ import inspect
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -188,9 +190,9 @@ class _FlashOverTree(torch.autograd.Function):
         return out.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx, grad_out):
+    def backward(ctx, *grad_outputs):
         query, key, value, out, lse = ctx.saved_tensors
-        grad_out = grad_out.transpose(1, 2)
+        grad_out = grad_outputs[0].transpose(1, 2)
         grads = [torch.zeros_like(x) for x in (query, key, value)]
         for calls, causal in ((ctx.calls.own, True), (ctx.calls.above, False)):
             for call in calls:
@@ -246,7 +248,7 @@ def _attend_varlen(gather: _Gather, query: Tensor, key: Tensor, value: Tensor, s
     from torch.nn.attention.varlen import varlen_attn
 
     parameters = inspect.signature(varlen_attn).parameters
-    options = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in parameters:
@@ -255,7 +257,8 @@ def _attend_varlen(gather: _Gather, query: Tensor, key: Tensor, value: Tensor, s
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     k, v = k.index_select(0, gather.keys), v.index_select(0, gather.keys)
     bounds = (gather.cu_queries, gather.cu_keys, gather.max_queries, gather.max_keys)
-    return varlen_attn(q.contiguous(), k, v, *bounds, scale=scaling, **options).unsqueeze(0)
+    attended = cast(Tensor, varlen_attn(q.contiguous(), k, v, *bounds, scale=scaling, **options))
+    return attended.unsqueeze(0)
 
 
 def _attend_by_scores(
@@ -271,13 +274,13 @@ def _attend_by_scores(
 ) -> Tensor:
     """Segment by segment with explicit scores: slower, but it can do what any model asks."""
     groups = query.shape[1] // key.shape[1]
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     outputs = []
     queries, keys = gather.cu_queries.tolist(), gather.cu_keys.tolist()
-    for (a, b), (c, d) in zip(_bounds(queries), _bounds(keys), strict=True):
+    for (a, b), (c, d) in zip(pairwise(queries), pairwise(keys), strict=True):
         places = gather.keys[c:d]
         k, v = (x[:, :, places].repeat_interleave(groups, dim=1) for x in (key, value))
-        scores = query[:, :, a:b] @ k.transpose(-1, -2) * scaling
+        scores = query[:, :, a:b] @ k.transpose(-1, -2) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         distance = gather.positions[a:b, None] - gather.positions[places]
@@ -290,7 +293,3 @@ def _attend_by_scores(
             probabilities = F.softmax(scores, -1)
         outputs.append((probabilities.to(v.dtype) @ v).transpose(1, 2))
     return torch.cat(outputs, dim=1)
-
-
-def _bounds(cumulative: list[int]) -> list[tuple[int, int]]:
-    return list(zip(cumulative[:-1], cumulative[1:], strict=True))

@@ -1,0 +1,160 @@
+"""Checkpoint folders that appear whole or not at all, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from whet.errors import CheckpointError
+
+MARKER = "complete.json"
+FOLDER = re.compile(r"checkpoint-(\d+)")
+# A folder on its way in or out (tmp), and one that makes room for its successor (old).
+HIDDEN = re.compile(r"\.(checkpoint-\d+)\.(tmp|old)-(\d+)")
+CHUNK_BYTES = 1 << 22
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+_in_flight: set[Path] = set()
+
+
+def write(root: str | Path, step: int, fill: Callable[[Path], None]) -> Path:
+    """Make `root/checkpoint-<step>` of what `fill` writes into the empty folder it is given.
+
+    Everything is on the disk, with a marker that holds the size and checksum of every file, before the
+    folder takes its name; a checkpoint of that name is replaced in the same way. Returns the folder.
+    Raises CheckpointError when it cannot be written; older checkpoints are then as they were.
+    """
+    root = Path(root)
+    draft, retired = (root / f".checkpoint-{step}.{kind}-{os.getpid()}" for kind in ("tmp", "old"))
+    final = root / f"checkpoint-{step}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        recover(root)
+        remove_leftovers(root)
+        _in_flight.update((draft, retired))
+        draft.mkdir()
+        fill(draft)
+        _seal(draft, step)
+        if final.exists():
+            final.rename(retired)
+        draft.rename(final)
+        _sync(root)
+    except Exception as error:
+        if _is_about_the_disk(error):
+            raise CheckpointError(_explain(root, step, error)) from error
+        raise
+    finally:
+        _in_flight.difference_update((draft, retired))
+        if root.is_dir():
+            recover(root)
+            remove_leftovers(root)
+    return final
+
+
+def prune(root: str | Path, keep: int | None, protect: Iterable[Path] = ()) -> list[Path]:
+    """Remove all complete checkpoints but the newest `keep` and those in `protect`. Returns those removed.
+
+    With `keep` None nothing is removed. Folders without a marker are not ours to remove.
+    """
+    if keep is None:
+        return []
+    protected = {path.resolve() for path in protect}
+    complete = [folder for folder in checkpoints(root) if (folder / MARKER).is_file()]
+    removed = [folder for folder in complete[: max(len(complete) - keep, 0)] if folder.resolve() not in protected]
+    for folder in removed:
+        # Half of a removed checkpoint must not carry its name.
+        hidden = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+    return removed
+
+
+def checkpoints(root: str | Path) -> list[Path]:
+    """The folders `checkpoint-N` below root, complete or not, by rising N."""
+    root = Path(root)
+    if not root.is_dir():
+        return []
+    found = [(FOLDER.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir()]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def recover(root: Path) -> None:
+    """Put back a checkpoint whose writer died after moving it away and before its successor took its place."""
+    for path, name, kind in _abandoned(root):
+        if kind == "old" and not (root / name).exists():
+            path.rename(root / name)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what writers that are dead left half done."""
+    for path, _, _ in _abandoned(root):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def checksum(path: Path) -> str:
+    """BLAKE2b of a file, 128 bits, as hex."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _abandoned(root: Path) -> list[tuple[Path, str, str]]:
+    found = [(path, HIDDEN.fullmatch(path.name)) for path in root.iterdir()]
+    return [(path, m[1], m[2]) for path, m in found if m and path not in _in_flight and not _alive(int(m[3]))]
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return (
+            False  # Not in flight: left by a process of an earlier life, as in a container that always gives one pid.
+        )
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _seal(folder: Path, step: int) -> None:
+    """Bring every file to the disk, then write down what a complete folder looks like."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "blake2b": checksum(path)} for path in files
+    }
+    marker = folder / MARKER
+    marker.write_text(json.dumps({"step": step, "files": listed}, indent=1) + "\n", encoding="utf-8")
+    for path in [*files, marker, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_about_the_disk(error: Exception) -> bool:
+    # safetensors reports the operating system's errors in words only.
+    return isinstance(error, OSError) or "os error" in str(error)
+
+
+def _explain(root: Path, step: int, error: Exception) -> str:
+    said = " ".join(str(error).split())
+    if getattr(error, "errno", None) in FULL or any(f"os error {number}" in said for number in FULL):
+        free = shutil.disk_usage(root).free / 2**20
+        remedy = f"free some space ({free:.0f} MiB left) or keep fewer checkpoints (checkpoint.keep)"
+    else:
+        remedy = "make the folder writable, or set output_dir to another"
+    return f"checkpoint {step} could not be written to {root}: {said}; {remedy}. Earlier checkpoints are unharmed"

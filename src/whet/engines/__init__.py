@@ -1,0 +1,1 @@
+"""What samples completions: one protocol, and the engines that speak it."""

@@ -1,0 +1,1 @@
+"""The embedded engine: continuous batching in this process, with the trainer's own model object."""

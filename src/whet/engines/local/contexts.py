@@ -1,0 +1,115 @@
+"""How the tokens of one forward call attend in the embedded engine: prompts among themselves, new tokens to a cache."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whet.engines.local.cache import SlotCache
+from whet.errors import EngineError
+from whet.tensor.segments import Segments
+
+UNSUPPORTED = ("position_bias", "indices", "block_indices", "sinks")
+"""What some models hand to their attention beside a window, a soft cap or sinks (`s_aux`), and we cannot do."""
+
+
+def refuse_unsupported(options: dict) -> None:
+    """Raise EngineError if a model's attention is given something that would be silently left out."""
+    for name in UNSUPPORTED:
+        if options.get(name) is not None:
+            raise EngineError(
+                f"the model's attention is given {name!r}, which the embedded engine does not know; "
+                "choose an engine that serves this model with engine.use"
+            )
+
+
+class Prefill:
+    """Prompts in packed form, shared prefixes once; their keys and values go to the slots of all who asked.
+
+    Token `places[i]` of the packed stream is written to position `positions[i]` of slot `slots[i]`.
+    """
+
+    def __init__(self, cache: SlotCache, segments: Segments, slots: Tensor, positions: Tensor, places: Tensor):
+        self.cache, self.segments = cache, segments
+        self.slots, self.positions, self.places = slots, positions, places
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, **options
+    ) -> Tensor:
+        """query [1, H, P, D], key and value [1, Hkv, P, D] -> [1, P, H, D] (see AttentionContext)."""
+        keys, values = self.cache.layer(module.layer_idx, key, value)
+        query, key, value = query.to(keys.dtype), key.to(keys.dtype), value.to(values.dtype)
+        keys[self.slots, :, self.positions] = key[0].transpose(0, 1)[self.places]
+        values[self.slots, :, self.positions] = value[0].transpose(0, 1)[self.places]
+        return self.segments.attend(module, query, key, value, scaling, **options)
+
+
+class Decode:
+    """One new token for each of the first B slots, attending to what its slot holds up to its own position.
+
+    `positions` [B]; `length` is the longest row's number of tokens, the new one included.
+    """
+
+    def __init__(self, cache: SlotCache, positions: Tensor, length: int):
+        self.cache, self.positions, self.length = cache, positions, length
+        self.slots = torch.arange(len(positions), device=positions.device)
+        self._masks: dict[int | None, Tensor] = {}
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_,
+    ) -> Tensor:
+        """query [B, H, 1, D], key and value [B, Hkv, 1, D] -> [B, 1, H, D] (see AttentionContext)."""
+        keys, values = self.cache.layer(module.layer_idx, key, value)
+        keys[self.slots, :, self.positions] = key[:, :, 0].to(keys.dtype)
+        values[self.slots, :, self.positions] = value[:, :, 0].to(values.dtype)
+        batch, heads = query.shape[:2]
+        keys, values = keys[:batch, :, : self.length], values[:batch, :, : self.length]
+        # Heads that share a key become queries of one head: no key is repeated in memory.
+        query = query.to(keys.dtype).reshape(batch, keys.shape[1], -1, query.shape[-1])
+        mask = self._mask(sliding_window, keys.dtype)
+        if softcap or s_aux is not None:
+            out = _by_scores(query, keys, values, mask, scaling, softcap, s_aux)
+        else:
+            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+        return out.reshape(batch, 1, heads, -1)
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[B, 1, 1, length], 0 where a row looks and -inf elsewhere; the same for all layers with this window."""
+        if window not in self._masks:
+            distance = self.positions[:, None] - torch.arange(self.length, device=self.positions.device)
+            hidden = (distance < 0) | (distance >= window) if window else distance < 0
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+            self._masks[window] = mask[:, None, None]
+        return self._masks[window]
+
+
+def _by_scores(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """query [B, Hkv, G, D], keys and values [B, Hkv, S, D] -> [B, Hkv, G, D], with explicit scores."""
+    scores = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.float() + mask
+    if s_aux is None:
+        weights = scores.softmax(-1)
+    else:  # a learned score per head that takes up probability and gives nothing
+        sink = s_aux.float().reshape(1, *scores.shape[1:3], 1).expand(len(scores), -1, -1, 1)
+        weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    return weights.to(values.dtype) @ values

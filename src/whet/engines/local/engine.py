@@ -1,0 +1,356 @@
+"""The embedded engine: takes requests, decodes them together, answers each as soon as it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from whet.engines.local.check import check
+from whet.engines.local.forward import Forward
+from whet.engines.local.request import Request, StopText
+from whet.engines.local.rows import Rows
+from whet.engines.local.sampler import sample
+from whet.errors import EngineError
+from whet.types import Completion, FinishReason, Sampling
+
+
+@dataclass
+class Stats:
+    """What the engine has done since it was made."""
+
+    generated_tokens: int = 0
+    completions: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    """Spent in steps: prefill, decoding and sampling, not waiting."""
+    prefill_tokens: int = 0
+    """Prompt tokens computed."""
+    prefill_tokens_saved: int = 0
+    """Prompt tokens not computed because another request in flight shared them."""
+
+
+@dataclass(eq=False)
+class _Prompt:
+    """A prompt in flight: the rows whose slots hold its keys and values, and its last hidden state [H]."""
+
+    holders: list[Request] = field(default_factory=list)
+    hidden: Tensor | None = None
+
+
+class LocalEngine:
+    """Continuous batching in this process, with the trainer's own model object (see `engines.protocol.Engine`).
+
+    A step prefills what has joined, then decodes one token for every row. Requests join as soon as a row is
+    free and leave at once; a prompt is computed once for all requests in flight that start with the same
+    tokens, found by the tokens themselves (`prefix_key` is not needed). Between two steps the event loop
+    runs, and the model is in the mode the trainer left it in.
+
+    `stop_token_ids` are the model's end-of-sequence tokens; `tokenizer` is needed for stop strings only.
+    `autocast` is the type the trainer computes in, None without autocast. `timeout_s` bounds one completion.
+    `prefill_tokens` bounds the prompt tokens of one forward call (a longer prompt goes alone).
+    Raises EngineError if the model cannot be served exactly (see `check`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        stop_token_ids: Sequence[int] = (),
+        max_concurrent: int = 64,
+        timeout_s: float = 600.0,
+        autocast: torch.dtype | None = None,
+        prefill_tokens: int = 8192,
+        version: int = 0,
+    ):
+        self.tokenizer = tokenizer
+        self.stop_token_ids = frozenset(stop_token_ids)
+        self.max_concurrent = max_concurrent
+        self.timeout_s = timeout_s
+        self.prefill_tokens = prefill_tokens
+        self.version = version
+        self._forward = Forward(model, max_rows=max_concurrent, autocast=autocast)
+        self._vocabulary = len(self._forward.head.weight)
+        check(model, self._vocabulary)
+        self._rows = Rows(max_concurrent)
+        self._waiting: dict[tuple[int, ...], deque[Request]] = {}
+        self._prompts: dict[tuple[int, ...], _Prompt] = {}
+        self._stats = Stats()
+        self._paused = self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._driver: asyncio.Task[None] | None = None
+
+    # --- what callers see -----------------------------------------------------------------------------
+
+    async def generate(
+        self, tokens: Sequence[int], sampling: Sampling, *, prefix_key: str | None = None
+    ) -> Completion:
+        """Sample one completion of `tokens`; see `Engine.generate`."""
+        request = self._request(tokens, sampling)
+        self._waiting.setdefault(request.tokens, deque()).append(request)
+        self._drive()
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return await request.answer
+        except TimeoutError as error:
+            raise EngineError(self._late(request)) from error
+        finally:
+            if not request.answer.done() or request.answer.cancelled():
+                self._withdraw(request)
+
+    async def update_weights(self, snapshot: int) -> None:
+        """The weights are the trainer's own and have changed already: take note of their version.
+
+        Requests in flight go on with the keys and values that earlier versions computed; prompts that
+        come from now on are computed anew.
+        """
+        self.version = snapshot
+        self._prompts.clear()
+        for request in self._rows.requests:
+            request.mark(self.version)
+
+    async def pause(self) -> None:
+        self._paused = True  # steps do not overlap with other coroutines, so none is under way
+
+    async def resume(self) -> None:
+        self._paused = False
+        self._drive()
+
+    async def abort(self) -> None:
+        requests = [*self._rows.requests, *(request for queue in self._waiting.values() for request in queue)]
+        self._clear()
+        for request in requests:
+            request.finish("abort")
+
+    async def close(self) -> None:
+        self._closed = True
+        await self.abort()
+
+    def health(self) -> dict[str, Any]:
+        status = "closed" if self._closed else "paused" if self._paused else "ok"
+        return {"status": status, "version": self.version, "active": len(self._rows), "waiting": self._num_waiting}
+
+    def stats(self) -> dict[str, float]:
+        """Counts and seconds since the engine was made (see `Stats`)."""
+        return asdict(self._stats)
+
+    # --- taking requests in and out -------------------------------------------------------------------
+
+    def _request(self, tokens: Sequence[int], sampling: Sampling) -> Request:
+        if self._closed:
+            raise EngineError("the engine is closed; make a new one")
+        tokens = tuple(map(int, tokens))
+        self._validate(tokens, sampling)
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self._loop is not None and not self._loop.is_closed() and (self._rows or self._waiting):
+                raise EngineError("the engine is generating for another event loop; use one engine per loop")
+            self._clear()  # whoever waited on a loop that is closed is gone
+            self._loop, self._driver = loop, None
+        stops = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.stop_token_ids)
+        stop_text = StopText(self.tokenizer, sampling.stop) if sampling.stop else None
+        return Request(tokens, sampling, stops, stop_text, loop.create_future())
+
+    def _validate(self, tokens: tuple[int, ...], sampling: Sampling) -> None:
+        limit = self._forward.max_length
+        if not tokens:
+            raise EngineError("the prompt has no tokens; an engine needs at least one to begin with")
+        if not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
+            raise EngineError(
+                f"the prompt holds token {max(tokens) if min(tokens) >= 0 else min(tokens)}, but the model's "
+                f"vocabulary has {self._vocabulary}; use the tokenizer that belongs to the model"
+            )
+        if sampling.max_tokens < 1:
+            raise EngineError(f"max_tokens is {sampling.max_tokens}, expected at least 1")
+        if limit is not None and len(tokens) + sampling.max_tokens > limit:
+            raise EngineError(
+                f"the prompt has {len(tokens)} tokens and max_tokens is {sampling.max_tokens}, together more than the "
+                f"{limit} positions of the model (max_position_embeddings); shorten the prompt or lower max_tokens"
+            )
+        if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
+            raise EngineError(
+                f"temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}: expected "
+                "temperature at least 0, top_p above 0 and at most 1, top_k at least 0"
+            )
+        if sampling.stop and (self.tokenizer is None or not all(sampling.stop)):
+            raise EngineError("stop strings must not be empty, and need an engine that was given a tokenizer")
+
+    def _withdraw(self, request: Request) -> None:
+        """Take out a request that nobody waits for any more."""
+        if request.row >= 0:
+            self._leave(request)
+        elif (queue := self._waiting.get(request.tokens)) is not None and request in queue:
+            queue.remove(request)
+            if not queue:
+                del self._waiting[request.tokens]
+
+    def _late(self, request: Request) -> str:
+        doing = (
+            f"{len(request.output)} of at most {request.sampling.max_tokens} tokens were sampled, "
+            f"with {len(self._rows)} requests decoded together"
+            if request.row >= 0
+            else f"it waited for one of {self.max_concurrent} rows, with {self._num_waiting} requests waiting"
+        )
+        paused = "; the engine is paused" if self._paused else ""
+        return (
+            f"a completion did not end within {self.timeout_s:g} s: {doing}{paused}. "
+            "Raise engine.timeout_s, or lower max_tokens or the number of requests at a time"
+        )
+
+    @property
+    def _num_waiting(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def _clear(self) -> None:
+        self._rows.clear()
+        self._waiting.clear()
+        self._prompts.clear()
+        self._forward.cache.clear()
+
+    # --- the loop of steps ----------------------------------------------------------------------------
+
+    def _drive(self) -> None:
+        """See to it that a task runs steps while there is work."""
+        alive = self._driver is not None and not self._driver.done()
+        if not alive and not self._paused and (self._rows or self._waiting):
+            self._driver = asyncio.get_running_loop().create_task(self._run_steps(), name="whet local engine")
+
+    async def _run_steps(self) -> None:
+        try:
+            while True:
+                await asyncio.sleep(0)  # others run, and a group that is submitted together is complete
+                if self._paused or not (self._rows or self._waiting):
+                    break
+                self._step()
+            if not self._rows and not self._waiting:
+                self._forward.cache.clear()  # the memory is the trainer's while nothing is generated
+        except BaseException as error:
+            self._fail(error)
+            if not isinstance(error, Exception):
+                raise
+
+    def _fail(self, error: BaseException) -> None:
+        """Hand a failure of a step to everyone who waits, and start from nothing with the next request."""
+        requests = [*self._rows.requests, *(request for queue in self._waiting.values() for request in queue)]
+        self._clear()
+        for request in requests:
+            if request.answer.done():
+                continue
+            if isinstance(error, Exception):
+                failure = EngineError(f"the embedded engine failed while generating: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                request.answer.set_exception(failure)
+            else:
+                request.answer.cancel()
+
+    def _step(self) -> None:
+        start = time.perf_counter()
+        with self._forward.running():
+            self._join()
+            if len(fresh := self._rows.fresh()):
+                self._advance(fresh, self._first_logits(fresh))
+            if rows := len(self._rows):
+                positions = self._rows.position[:rows]
+                self._forward.cache.reserve(rows, int(positions.max()) + 1)
+                hidden = self._forward.decode(self._rows.token[:rows], positions)
+                self._advance(np.arange(rows), self._forward.logits(hidden))
+        self._stats.steps += 1
+        self._stats.seconds += time.perf_counter() - start
+
+    def _join(self) -> None:
+        """Give free rows to waiting requests; compute their prompts, or copy them from a row that holds them."""
+        new: dict[tuple[int, ...], _Prompt] = {}
+        for request in self._next_requests():
+            request.mark(self.version)
+            self._rows.add(request)
+            self._forward.cache.reserve(len(self._rows), len(request.tokens))
+            prompt = self._prompts.get(request.tokens)
+            if prompt is None:
+                prompt = self._prompts[request.tokens] = new[request.tokens] = _Prompt()
+            elif prompt.hidden is not None:
+                self._forward.cache.copy(prompt.holders[0].row, request.row, len(request.tokens))
+                self._stats.prefill_tokens_saved += len(request.tokens)
+            prompt.holders.append(request)
+        if new:
+            slots = [[request.row for request in prompt.holders] for prompt in new.values()]
+            hidden, computed = self._forward.prefill(list(new), slots)
+            for prompt, state in zip(new.values(), hidden, strict=True):
+                prompt.hidden = state
+            wanted = sum(len(tokens) * len(prompt.holders) for tokens, prompt in new.items())
+            self._stats.prefill_tokens += computed
+            self._stats.prefill_tokens_saved += wanted - computed
+
+    def _next_requests(self) -> list[Request]:
+        """Requests for the free rows, in the order their prompts came, all of a prompt together."""
+        taken: list[Request] = []
+        free, uncomputed = self.max_concurrent - len(self._rows), 0
+        while free and self._waiting:
+            tokens, queue = next(iter(self._waiting.items()))
+            if tokens not in self._prompts:
+                uncomputed += len(tokens)
+                if taken and uncomputed > self.prefill_tokens:
+                    break
+            while free and queue:
+                taken.append(queue.popleft())
+                free -= 1
+            if not queue:
+                del self._waiting[tokens]
+        return taken
+
+    def _first_logits(self, rows: np.ndarray) -> Tensor:
+        """Logits after the prompt, for rows without a token. One head call per prompt, not per row."""
+        prompts = [self._prompts[self._rows.requests[row].tokens] for row in rows.tolist()]
+        distinct = list(dict.fromkeys(prompts))
+        hidden = torch.stack([prompt.hidden for prompt in distinct])
+        index = torch.tensor([distinct.index(prompt) for prompt in prompts], device=hidden.device)
+        return self._forward.logits(hidden)[index]
+
+    def _advance(self, rows: np.ndarray, logits: Tensor) -> None:
+        """Sample one token for each of `rows` and answer the requests that end with it."""
+        tokens, logprobs = sample(logits, self._rows.draws(rows))
+        sampled, likelihood = torch.stack((tokens.double(), logprobs)).cpu().numpy()
+        if not np.isfinite(likelihood).all():
+            raise EngineError(
+                "the model's logits are not finite; the weights hold NaN or infinity, or the precision overflows "
+                "(backend.precision)"
+            )
+        self._stats.generated_tokens += len(rows)
+        ended = self._rows.record(rows, sampled.astype(np.int64), likelihood)
+        # From the last row down, so that what moves into a freed row is never a row that ends too.
+        for request, reason in sorted(ended, key=lambda pair: -pair[0].row):
+            self._end(request, reason)
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        self._stats.completions += 1
+        self._leave(request)
+        request.finish(reason)
+
+    def _leave(self, request: Request) -> None:
+        """Free a request's row: for a request that waits with the same prompt, or by moving the last row there."""
+        row, prompt = request.row, self._prompts.get(request.tokens)
+        if prompt is not None and request not in prompt.holders:
+            prompt = None  # of an earlier version of the weights
+        queue = self._waiting.get(request.tokens)
+        if prompt is not None:
+            prompt.holders.remove(request)
+        if prompt is not None and queue and not self._paused:
+            heir = queue.popleft()
+            if not queue:
+                del self._waiting[request.tokens]
+            heir.mark(self.version)
+            self._rows.hand_over(row, heir)
+            prompt.holders.append(heir)
+            self._stats.prefill_tokens_saved += len(heir.tokens)
+            return
+        if prompt is not None and not prompt.holders:
+            del self._prompts[request.tokens]
+        if (moved := self._rows.remove(row)) is not None:
+            self._forward.cache.copy(moved, row, int(self._rows.position[row]) + 1)

@@ -1,0 +1,101 @@
+"""The model's forward calls in the embedded engine: prompts in packed form, then one token per row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from whet.engines.local.cache import SlotCache
+from whet.engines.local.contexts import Decode, Prefill
+from whet.models import parts
+from whet.tensor.attention import AttentionContext, attention
+from whet.tensor.segments import Segments
+from whet.tree import build
+
+
+class Forward:
+    """Runs the trainer's own model object: its weights are used where they are, its code as it is."""
+
+    def __init__(self, model: nn.Module, *, max_rows: int, autocast: torch.dtype | None = None):
+        self.model = parts.base(model)
+        self.decoder = parts.decoder(model)
+        self.head = parts.head(model)
+        self.config = self.model.config.get_text_config()
+        self.autocast = autocast
+        self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.cache = SlotCache(max_rows, self.max_length, autocast)
+        self._modules = list(model.modules())
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients, no dropout; every module goes back to the mode it was in."""
+        training = [module for module in self._modules if module.training]
+        # nn.Module.__setattr__ looks through parameters and buffers first, which adds up over all modules.
+        for module in training:
+            object.__setattr__(module, "training", False)
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            for module in training:
+                object.__setattr__(module, "training", True)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The state in which the methods below are called: evaluating, with our attention and autocast.
+
+        All of it is undone on the way out: between two steps the model is the trainer's.
+        """
+        dtype, enabled = self.autocast or torch.bfloat16, self.autocast is not None
+        with self.evaluating(), torch.autocast(self.device.type, dtype, enabled), attention(self.model):
+            yield
+
+    def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
+        """Compute prompts and write their keys and values to the slots of each.
+
+        Returns the hidden state of each prompt's last token [prompts, H], and how many tokens were computed:
+        what the prompts have in common is computed once.
+        """
+        tree = build([np.asarray(prompt) for prompt in prompts])
+        bounds = np.cumsum([0, *map(len, prompts)])
+        copies = [(slot, p) for p, wanted in enumerate(slots) for slot in wanted]
+        lengths = [len(prompts[p]) for _, p in copies]
+        context = Prefill(
+            self.cache,
+            Segments(tree, self.device),
+            slots=self._tensor(np.repeat([slot for slot, _ in copies], lengths)),
+            positions=self._tensor(np.concatenate([np.arange(n) for n in lengths])),
+            places=self._tensor(np.concatenate([tree.index[bounds[p] : bounds[p + 1]] for _, p in copies])),
+        )
+        hidden = self._decoder(tree.tokens[None], tree.position_ids[None], context)
+        return hidden[0, self._tensor(tree.index[bounds[1:] - 1])], tree.num_tokens
+
+    def decode(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
+        """One token [B] at its position [B] for each of the first B slots -> hidden states [B, H]."""
+        context = Decode(self.cache, self._tensor(positions), int(positions.max()) + 1)
+        return self._decoder(tokens[:, None], positions[:, None], context)[:, 0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [B, H] -> float32 logits [B, V] that nobody else holds."""
+        return self.head.logits(hidden)
+
+    def call(self, tokens: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+        """The decoder itself: tokens and positions [B, Q] -> hidden states [B, Q, H]."""
+        output = self.decoder(
+            input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False, attention_context=context
+        )
+        return output.last_hidden_state
+
+    def _decoder(self, tokens: np.ndarray, positions: np.ndarray, context: AttentionContext) -> Tensor:
+        return self.call(self._tensor(tokens), self._tensor(positions), context)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
