@@ -72,7 +72,7 @@ def _newest_or_error(root: Path, *, insist: bool) -> Path | None:
     if found is None and present:
         raise CheckpointError(
             f"{root} has {', '.join(folder.name for folder in present)}, none of which is complete "
-            f"({present[-1].name}: {_problem(present[-1])}); remove them to start afresh, or set output_dir to a new folder"
+            f"({present[-1].name}: {_problem(present[-1])}); remove them to start afresh, or set a new output_dir"
         )
     if found is None and insist:
         raise CheckpointError(

@@ -31,7 +31,7 @@ def write(root: str | Path, step: int, fill: Callable[[Path], None]) -> Path:
     Raises CheckpointError when it cannot be written; older checkpoints are then as they were.
     """
     root = Path(root)
-    draft, retired = (root / f".checkpoint-{step}.{kind}-{os.getpid()}" for kind in ("tmp", "old"))
+    draft, retired = (root.absolute() / f".checkpoint-{step}.{kind}-{os.getpid()}" for kind in ("tmp", "old"))
     final = root / f"checkpoint-{step}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,8 @@ def write(root: str | Path, step: int, fill: Callable[[Path], None]) -> Path:
 def prune(root: str | Path, keep: int | None, protect: Iterable[Path] = ()) -> list[Path]:
     """Remove all complete checkpoints but the newest `keep` and those in `protect`. Returns those removed.
 
-    With `keep` None nothing is removed. Folders without a marker are not ours to remove.
+    With `keep` None nothing is removed. Folders without a marker are not ours to remove. Raises
+    CheckpointError if one cannot be removed.
     """
     if keep is None:
         return []
@@ -70,8 +71,11 @@ def prune(root: str | Path, keep: int | None, protect: Iterable[Path] = ()) -> l
     for folder in removed:
         # Half of a removed checkpoint must not carry its name.
         hidden = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-        folder.rename(hidden)
-        shutil.rmtree(hidden)
+        try:
+            folder.rename(hidden)
+            shutil.rmtree(hidden)
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be removed: {error}; make {folder.parent} writable") from error
     return removed
 
 
@@ -108,7 +112,8 @@ def checksum(path: Path) -> str:
 
 def _abandoned(root: Path) -> list[tuple[Path, str, str]]:
     found = [(path, HIDDEN.fullmatch(path.name)) for path in root.iterdir()]
-    return [(path, m[1], m[2]) for path, m in found if m and path not in _in_flight and not _alive(int(m[3]))]
+    hidden = [(path, match) for path, match in found if match and path.absolute() not in _in_flight]
+    return [(path, match[1], match[2]) for path, match in hidden if not _alive(int(match[3]))]
 
 
 def _alive(pid: int) -> bool:

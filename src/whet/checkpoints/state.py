@@ -109,7 +109,7 @@ def load_rng(folder: Path) -> None:
     """Set every random generator to what `save_rng` wrote; GPUs that are no longer there are left out."""
     state = load_tensors(folder / RNG)
     random.setstate(state["python"])
-    np.random.set_state({**state["numpy"], "state": {**state["numpy"]["state"]}})
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     for device, generator in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(generator, device)
@@ -119,7 +119,8 @@ def _describe(value: Any, place: str, tensors: dict[str, Tensor], storages: set[
     """The value as JSON, with its tensors put into `tensors` under names that the JSON refers to."""
     if isinstance(value, Tensor):
         name = place or "value"
-        assert name not in tensors, f"two tensors are named {name}"
+        while name in tensors:  # {"a.b": …} beside {"a": {"b": …}}
+            name += "'"
         plain = value.detach().cpu().contiguous()
         storage = plain.untyped_storage()
         # safetensors refuses tensors that share memory.
