@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from whet.backends.device import Arithmetic
+from whet.backends.forward import Mode
 from whet.backends.optimizer import adamw
 from whet.backends.parity import choose_mode
 from whet.batch import Batch
@@ -50,7 +51,7 @@ class LocalBackend:
         arithmetic: Arithmetic,
         *,
         optim: OptimConfig | None = None,
-        attention: str = "auto",
+        attention: Mode | Literal["auto"] = "auto",
         temperature: float = 1.0,
     ):
         self.model, self.tokenizer = model.to(arithmetic.device), tokenizer
@@ -158,10 +159,10 @@ class LocalBackend:
     def describe(self) -> dict[str, Any]:
         """Device, precision, attention and how much is trained."""
         trainable, total = trainable_summary(self.model)
-        precision = {None: str(next(self.model.parameters()).dtype).removeprefix("torch.")}
+        dtype = self.arithmetic.autocast or next(self.model.parameters()).dtype
         return {
             "device": str(self.arithmetic.device),
-            "precision": precision.get(self.arithmetic.autocast, str(self.arithmetic.autocast).removeprefix("torch.")),
+            "precision": str(dtype).removeprefix("torch."),
             "matmul": self.arithmetic.matmul,
             "threads": torch.get_num_threads(),
             "attention": self.compute.mode,

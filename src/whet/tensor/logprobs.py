@@ -101,7 +101,7 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx, *grad_outputs):
         hidden, weight, bias, targets, entropy = ctx.saved_tensors
         spec, kept, ctx.kept = ctx.spec, ctx.kept, None
         logits = _Logits(hidden, weight, bias, spec)
@@ -111,11 +111,11 @@ class _ChunkedHead(torch.autograd.Function):
         )
         for span in reversed(logits.spans):
             logp, probabilities = None, kept
-            if kept is None or grads[1] is not None:
+            if kept is None or grad_outputs[1] is not None:
                 logp = logits.log_softmax(span)
                 probabilities = torch.exp(logp, out=logits.spare(span))
             kept = None
-            upstream = [None if g is None else g[span, None] for g in grads[:3]]
+            upstream = [None if g is None else g[span, None] for g in grad_outputs[:3]]
             grad = _logit_gradient(probabilities, logp, entropy, targets, span, *upstream)
             grad = logits.gradient_before_temperature(grad, span).to(spec.dtype)
             if grad_hidden is not None:
