@@ -5,7 +5,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test check setup format bench docs clean
+.PHONY: help demo test check setup format docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -28,6 +28,9 @@ setup: $(READY) ## Make .venv with everything in it
 format: $(READY) ## Format the code and fix what the linter can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY) ## Write the configuration reference anew from the schema
+	$(BIN)/python -m whet.config.reference docs
 
 clean: ## Remove caches and the virtual environment; runs/ stays
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

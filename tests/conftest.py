@@ -5,21 +5,26 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+
+# So that the processes which tests start find whet, where it is not installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
 # Before torch is imported. One thread gives the same bits on every machine, and is faster on models this small.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # A test that would fetch from a hub fails at once instead of hanging.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["WANDB_MODE"] = "disabled"
 
 import pytest
 import torch
+from hypothesis import settings
 
 from whet.models.tiny import make_tiny
 
-ROOT = Path(__file__).resolve().parent.parent
-
 torch.set_num_threads(1)
+# The same examples on every machine, and no failure because a machine was busy.
+settings.register_profile("whet", deadline=None, derandomize=True)
+settings.load_profile("whet")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
