@@ -5,10 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-
-# So that the processes which tests start find whet, where it is not installed.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
 # Before torch is imported. One thread gives the same bits on every machine, and is faster on models this small.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -20,6 +16,11 @@ import torch
 from hypothesis import settings
 
 from whet.models.tiny import make_tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# So that the processes which tests start find whet, where it is not installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
 
 torch.set_num_threads(1)
 # The same examples on every machine, and no failure because a machine was busy.
