@@ -7,6 +7,7 @@ way to compute them. `collate` makes a batch of units, `split` and `micro_batche
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -144,15 +145,15 @@ class Batch:
         """Which units go into which micro-batch.
 
         At most `max_tokens` physical tokens and `max_units` units in each; a unit longer than that stands
-        alone. As few micro-batches as the greedy rule finds, evenly filled.
+        alone, and comes first. Of the others as few as the greedy rule finds, evenly filled.
         """
-        sizes = np.array([t.num_tokens for t in self.trees])
-        fewest = max(1, -(-int(sizes.sum()) // max_tokens), -(-len(sizes) // (max_units or len(sizes))))
-        for parts in range(fewest, len(sizes) + 1):
-            bins = _fill(sizes, parts, max_tokens, max_units or len(sizes))
-            if bins is not None:
-                return bins
-        return [[u] for u in range(len(sizes))]
+        sizes = [t.num_tokens for t in self.trees]
+        alone = [[unit] for unit, size in enumerate(sizes) if size > max_tokens]
+        rest = sorted((u for u, size in enumerate(sizes) if size <= max_tokens), key=lambda u: -sizes[u])
+        most = max_units or max(1, len(rest))
+        fewest = max(-(-sum(sizes[u] for u in rest) // max_tokens), -(-len(rest) // most))
+        attempts = (_fill(rest, sizes, parts, max_tokens, most) for parts in range(fewest, len(rest) + 1))
+        return alone + next(bins for bins in attempts if bins is not None)
 
     def to(self, device: torch.device | str) -> Batch:
         """This batch with its tensors on another device."""
@@ -161,18 +162,20 @@ class Batch:
         return replace(self, **move, columns={k: v.to(device) for k, v in self.columns.items()})
 
 
-def _fill(sizes: np.ndarray, parts: int, max_tokens: int, max_units: int) -> list[list[int]] | None:
-    """Longest unit first into the emptiest of `parts` bins; None when one does not fit."""
+def _fill(
+    units: Sequence[int], sizes: Sequence[int], parts: int, max_tokens: int, max_units: int
+) -> list[list[int]] | None:
+    """`units`, longest first, each into the emptiest of `parts` bins; None when one does not fit."""
     bins: list[list[int]] = [[] for _ in range(parts)]
-    loads = np.zeros(parts, dtype=np.int64)
-    for unit in np.argsort(-sizes, kind="stable"):
-        open_bins = [b for b in range(parts) if len(bins[b]) < max_units]
-        target = min(open_bins, key=lambda b: (loads[b], b), default=None)
-        if target is None or (bins[target] and loads[target] + sizes[unit] > max_tokens):
+    loads = [(0, b) for b in range(parts)]
+    for unit in units:
+        if not loads or loads[0][0] + sizes[unit] > max_tokens:
             return None
-        bins[target].append(int(unit))
-        loads[target] += sizes[unit]
-    return [sorted(b) for b in bins if b]
+        load, target = heapq.heappop(loads)
+        bins[target].append(unit)
+        if len(bins[target]) < max_units:
+            heapq.heappush(loads, (load + sizes[unit], target))
+    return [sorted(b) for b in bins]
 
 
 def collate(units: Sequence[Unit], *, share_prefixes: bool = True) -> Batch:
