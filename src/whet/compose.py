@@ -18,6 +18,7 @@ from whet.config.plugin import resolve
 from whet.config.run import RunConfig
 from whet.engines.local.engine import LocalEngine
 from whet.engines.protocol import Engine
+from whet.errors import ConfigError
 from whet.feeds import PromptFeed, RowFeed
 from whet.keeper import Keeper
 from whet.log import RunLog
@@ -28,6 +29,7 @@ from whet.models.card import write_card
 from whet.models.load import check_model_folder, load_model, load_tokenizer, stop_token_ids
 from whet.recipe import method_of
 from whet.schedule import plan
+from whet.types import Episode
 
 logger = logging.getLogger(__name__)
 
@@ -36,21 +38,43 @@ ENGINES: dict[str, Any] = {"local": LocalEngine}
 
 
 @dataclass
-class Run:
-    """A composed run. `train` takes it to its end and leaves the final model in `output_dir`."""
+class Policy:
+    """A model ready to compute and to answer, with all that was resolved on the way to it."""
 
     config: RunConfig
     method: Method
     tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: tuple[int, ...]
+    arithmetic: Arithmetic
     backends: dict[str, Backend]
+
+    @property
+    def backend(self) -> Backend:
+        return self.backends["policy"]
+
+    def engine(self) -> Engine:
+        """A new engine over the policy's own weights."""
+        config = self.config.engine
+        make = resolve(config.use, ENGINES, what="engine", where="engine.use")
+        return make(
+            self.backend.model,
+            self.tokenizer,
+            stop_token_ids=self.stop_token_ids,
+            max_concurrent=config.max_concurrent,
+            timeout_s=config.timeout_s,
+            autocast=self.arithmetic.autocast,
+        )
+
+
+@dataclass
+class Run:
+    """A composed run. `train` takes it to its end and leaves the final model in `output_dir`."""
+
+    policy: Policy
     feed: RowFeed | PromptFeed
     loop: Loop
     keeper: Keeper
     engine: Engine | None = None
-
-    @property
-    def policy(self) -> Backend:
-        return self.backends["policy"]
 
     async def train(self) -> dict[str, float]:
         """Train, end with the best weights if asked to, and export. Returns the last evaluation."""
@@ -63,52 +87,82 @@ class Run:
         return self.loop.progress.last_eval
 
     def _finish(self) -> None:
-        log, folder = self.loop.log, Path(self.config.output_dir)
+        log, folder = self.loop.log, Path(self.policy.config.output_dir)
         if self.keeper.restore_best(self.loop):
             log.message(f"the weights are those of step {self.loop.progress.best_step}, the best evaluation")
-        self.policy.export_weights(folder)
-        config = self.config
+        self.policy.backend.export_weights(folder)
+        config = self.policy.config
         settings = {"base_model": config.model.path, "method": config.method, "settings": dump(config)}
         write_card(folder, **settings, metrics=self.loop.progress.last_eval)
         log.message(f"the final model is in {folder}")
 
 
-def compose(config: RunConfig) -> Run:
+def compose(config: RunConfig, method: Method | None = None) -> Run:
     """Check settings, then files and rows, then load the model and put the run together.
 
     Raises ConfigError, DataError, CheckpointError or ModelError; what can be known without the model is said
     before it is loaded.
     """
-    method = method_of(config)
-    make_backend = resolve(config.backend.use, BACKENDS, what="backend", where="backend.use")
-    make_engine = resolve(config.engine.use, ENGINES, what="engine", where="engine.use")
+    method = method or method_of(config)
     keeper = Keeper(config)
-    check_model_folder(config.model)
-    tokenizer = load_tokenizer(config.model)
-    feed = (PromptFeed if method.source == "prompts" else RowFeed)(config, tokenizer)
+    feed, tokenizer = _feed(config, method)
     schedule = plan(config, len(feed), rollouts=method.source == "prompts")
-    arithmetic = choose(config.backend)
-    torch.manual_seed(config.seed)
-    backends = _backends(config, method, tokenizer, arithmetic, make_backend)
-    stops = stop_token_ids(backends["policy"].model, tokenizer)
-    engine = None
-    if method.source == "prompts":
-        engine = make_engine(
-            backends["policy"].model,
-            tokenizer,
-            stop_token_ids=stops,
-            max_concurrent=config.engine.max_concurrent,
-            timeout_s=config.engine.timeout_s,
-            autocast=arithmetic.autocast,
-        )
-    connected = feed.connect(method, backends["policy"], engine, stops)
+    policy = load_policy(config, method, tokenizer, train=True)
+    engine = policy.engine() if method.source == "prompts" else None
+    connected = feed.connect(method, policy.backend, engine, policy.stop_token_ids)
     log = _open_log(config, keeper, schedule.total_steps)
-    loop = Loop(config, method, connected.source, backends, schedule, log, evaluate=connected.evaluate, saver=keeper)
+    loop = Loop(
+        config, method, connected.source, policy.backends, schedule, log, evaluate=connected.evaluate, saver=keeper
+    )
     if keeper.found:
         keeper.restore(loop)
         log.message(f"going on from {keeper.found}")
-    log.message(", ".join(f"{name} {value}" for name, value in backends["policy"].describe().items()))
-    return Run(config, method, tokenizer, backends, feed, loop, keeper, engine)
+    log.message(", ".join(f"{name} {value}" for name, value in policy.backend.describe().items()))
+    return Run(policy, feed, loop, keeper, engine)
+
+
+async def evaluate(config: RunConfig) -> tuple[dict[str, float], tuple[Episode, ...]]:
+    """Evaluate a model on the held-out data without training it: metrics, and a few episodes if it sampled any."""
+    if config.data.eval is not None:  # the training data is not needed
+        config = config.model_copy(update={"data": config.data.model_copy(update={"train": None})})
+    method = method_of(config)
+    feed, tokenizer = _feed(config, method)
+    if feed.eval is None:
+        raise ConfigError("there is no held-out data to evaluate on; set data.eval")
+    policy = load_policy(config, method, tokenizer, train=False)
+    engine = policy.engine() if method.source == "prompts" else None
+    metrics = await feed.evaluate(method, policy.backend, engine, policy.stop_token_ids)
+    return metrics, getattr(feed, "transcripts", ())
+
+
+def load_policy(config: RunConfig, method: Method, tokenizer: PreTrainedTokenizerBase, *, train: bool) -> Policy:
+    """Load the model on its device, with an optimizer if it is to be trained, and the reference if one is needed.
+
+    Under an adapter the reference is the policy with its adapter off; otherwise it is a second copy of the
+    weights that the run began with.
+    """
+    make = resolve(config.backend.use, BACKENDS, what="backend", where="backend.use")
+    arithmetic = choose(config.backend)
+    torch.manual_seed(config.seed)
+    temperature = config.rollout.temperature if method.source == "prompts" else 1.0
+    common = {"attention": config.model.attention, "temperature": temperature}
+    model = load_model(config.model, arithmetic.device)
+    backend = make(model, tokenizer, config.backend, arithmetic, optim=config.optim if train else None, **common)
+    backends: dict[str, Backend] = {"policy": backend}
+    if train and "reference" in method.roles:
+        if has_adapter(model):
+            backends["reference"] = WithoutAdapter(backend)
+        else:
+            frozen = load_model(config.model, arithmetic.device).requires_grad_(False)
+            backends["reference"] = make(frozen, tokenizer, config.backend, arithmetic, **common)
+    return Policy(config, method, tokenizer, stop_token_ids(model, tokenizer), arithmetic, backends)
+
+
+def _feed(config: RunConfig, method: Method) -> tuple[RowFeed | PromptFeed, PreTrainedTokenizerBase]:
+    """Read and check the data, after what can be known of the model without its weights."""
+    check_model_folder(config.model)
+    tokenizer = load_tokenizer(config.model)
+    return (PromptFeed if method.source == "prompts" else RowFeed)(config, tokenizer), tokenizer
 
 
 def _open_log(config: RunConfig, keeper: Keeper, total_steps: int) -> RunLog:
@@ -116,24 +170,3 @@ def _open_log(config: RunConfig, keeper: Keeper, total_steps: int) -> RunLog:
     output.mkdir(parents=True, exist_ok=True)
     (output / "run.yaml").write_text(dump(config), encoding="utf-8")
     return RunLog(output, config.log, total_steps=total_steps, resume_step=keeper.found_step)
-
-
-def _backends(config: RunConfig, method: Method, tokenizer, arithmetic: Arithmetic, make: Any) -> dict[str, Backend]:
-    """The policy, and a reference where the method needs one.
-
-    Under an adapter the reference is the policy with its adapter off; otherwise it is a second copy of the
-    weights that the run began with.
-    """
-    temperature = config.rollout.temperature if method.source == "prompts" else 1.0
-    common = {"attention": config.model.attention, "temperature": temperature}
-    model = load_model(config.model, arithmetic.device)
-    policy = make(model, tokenizer, config.backend, arithmetic, optim=config.optim, **common)
-    backends: dict[str, Backend] = {"policy": policy}
-    if "reference" in method.roles:
-        if has_adapter(model):
-            backends["reference"] = WithoutAdapter(policy)
-        else:
-            frozen = load_model(config.model, arithmetic.device)
-            frozen.requires_grad_(False)
-            backends["reference"] = make(frozen, tokenizer, config.backend, arithmetic, **common)
-    return backends

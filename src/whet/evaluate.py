@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-
 from whet.backends.protocol import Backend
 from whet.batch import Batch, collate
 from whet.config.run import RunConfig
@@ -59,7 +58,11 @@ def _means(out: dict, batch: Batch, method: Method) -> list[tuple[str, str, floa
 
 def _mass(batch: Batch, kind: str) -> float:
     """How much a batch's mean counts among other batches' means."""
-    counts = {"token": int(batch.loss_mask.sum()), "sequence": int((batch.num_trained > 0).sum()), "pair": batch.num_units}
+    counts = {
+        "token": int(batch.loss_mask.sum()),
+        "sequence": int((batch.num_trained > 0).sum()),
+        "pair": batch.num_units,
+    }
     return float(counts.get(kind, batch.num_sequences))
 
 

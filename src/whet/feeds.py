@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +20,7 @@ from whet.data.source import PromptRows, RowSource
 from whet.engines.protocol import Engine
 from whet.envs.registry import build_env
 from whet.errors import ConfigError
-from whet.evaluate import evaluate_rows
+from whet.evaluate import ROWS_PER_BATCH, evaluate_rows
 from whet.loop import Evaluator
 from whet.methods import Method
 from whet.rewards.registry import build_scorer
@@ -50,19 +51,22 @@ class RowFeed:
         self.train, self.eval = _read(config, tokenizer, prepare)
 
     def __len__(self) -> int:
-        return len(self.train)
+        return len(self.train) if self.train is not None else 0
 
     def connect(self, method: Method, policy: Backend, engine: Engine | None, stops: Sequence[int]) -> Connected:
         """The source over the rows, and the losses on the held-out ones."""
         config = self.config
         _check_stop(self.train, stops, self.tokenizer)
         source = RowSource(self.train, seed=config.seed, shuffle=config.data.shuffle)
+        run = partial(self.evaluate, method, policy, engine, stops)
+        return Connected(source, run if self.eval is not None else None)
 
-        async def evaluate() -> dict[str, float]:
-            assert self.eval is not None
-            return evaluate_rows(policy, self.eval, method, config, per_batch=config.eval.batch_size or 64)
-
-        return Connected(source, evaluate if self.eval is not None else None)
+    async def evaluate(
+        self, method: Method, policy: Backend, engine: Engine | None, stops: Sequence[int]
+    ) -> dict[str, float]:
+        """The losses on the held-out rows; metrics are named `eval/…`."""
+        per_batch = self.config.eval.batch_size or ROWS_PER_BATCH
+        return evaluate_rows(policy, self.eval, method, self.config, per_batch=per_batch)
 
 
 class PromptFeed:
@@ -77,7 +81,7 @@ class PromptFeed:
         """A few episodes of the last evaluation."""
 
     def __len__(self) -> int:
-        return len(self.train)
+        return len(self.train) if self.train is not None else 0
 
     def connect(self, method: Method, policy: Backend, engine: Engine | None, stops: Sequence[int]) -> Connected:
         """The source that samples from the engine, and the evaluation on held-out prompts."""
@@ -95,15 +99,15 @@ class PromptFeed:
             timeout_s=config.engine.timeout_s,
         )
 
-        async def evaluate() -> dict[str, float]:
-            return await self.evaluate(engine, stops)
+        run = partial(self.evaluate, method, policy, engine, stops)
+        return Connected(source, run if self.eval is not None else None)
 
-        return Connected(source, evaluate if self.eval is not None else None)
-
-    async def evaluate(self, engine: Engine, stops: Sequence[int]) -> dict[str, float]:
+    async def evaluate(
+        self, method: Method, policy: Backend, engine: Engine | None, stops: Sequence[int]
+    ) -> dict[str, float]:
         """Sample the held-out prompts and score them; metrics are named `eval/…`."""
         config = self.config
-        assert self.eval is not None
+        assert engine is not None and self.eval is not None, "prompts need an engine, and evaluation some prompts"
         result = await evaluate_prompts(
             [self.eval[i] for i in range(min(len(self.eval), config.eval.max_prompts or len(self.eval)))],
             engine,
@@ -120,21 +124,17 @@ class PromptFeed:
 
 
 def _read(config: RunConfig, tokenizer: PreTrainedTokenizerBase, read: Callable):
-    """(training, held-out or None), each reported."""
-    data = config.data
-    if data.train is None:
-        raise ConfigError("data.train is not set; name a file of training data")
-    train = read(data, data.train, tokenizer, what="train")
-    held = None
-    if data.eval is not None:
-        held = read(data, data.eval, tokenizer, what="eval")
-    elif data.eval_share:
+    """(training data, held-out data), None for what is not there, each reported."""
+    data, settings = config.data, config.eval
+    train = None if data.train is None else read(data, data.train, tokenizer, what="train")
+    held = None if data.eval is None else read(data, data.eval, tokenizer, what="eval")
+    if train is not None and data.eval_share:
         train, held = train.hold_out(data.eval_share, config.seed)
-    logger.info("training data: %s", train.report)
-    if held is not None:
-        logger.info("held-out data: %s", held.report)
-    elif config.eval.every_steps or config.eval.every_epochs:
-        raise ConfigError("eval.every_steps or eval.every_epochs is set, but there is no held-out data; set data.eval or data.eval_share")
+    for name, part in (("training", train), ("held-out", held)):
+        if part is not None:
+            logger.info("%s data: %s", name, part.report)
+    if held is None and (settings.every_steps or settings.every_epochs or settings.at_start):
+        raise ConfigError("an evaluation is asked for, but there is no held-out data; set data.eval or data.eval_share")
     return train, held
 
 

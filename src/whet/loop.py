@@ -13,6 +13,7 @@ from typing import Protocol
 from whet.backends.optimizer import learning_rate
 from whet.backends.protocol import Backend
 from whet.batch import Batch, collate
+from whet.config.rules import metric_mode
 from whet.config.run import RunConfig
 from whet.log import RunLog
 from whet.methods import Method
@@ -179,7 +180,7 @@ class Loop:
         name = settings.metric or ("eval/reward" if self.method.source == "prompts" else "eval/loss")
         if name not in metrics:
             raise KeyError(f"eval.metric is {name!r}, but the evaluation measures {', '.join(sorted(metrics))}")
-        sign = -1 if (settings.mode or ("min" if "loss" in name or "perplexity" in name else "max")) == "min" else 1
+        sign = -1 if (settings.mode or metric_mode(name)) == "min" else 1
         value = metrics[name]
         improved = progress.best is None or sign * (value - progress.best) > settings.min_delta
         if improved and math.isfinite(value):

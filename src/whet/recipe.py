@@ -73,7 +73,9 @@ def _term(written: LossConfig, where: str, own: Term | None) -> Term:
 def _credit(written: Plugin) -> CreditStage:
     rule = resolve(written.use, CREDITS, what="credit rule", where="credit.use")
     if not isinstance(rule, Credit):
-        raise ConfigError(f"credit.use is {written.use!r}, which is no credit rule; decorate it with whet.credit.credit")
+        raise ConfigError(
+            f"credit.use is {written.use!r}, which is no credit rule; decorate it with whet.credit.credit"
+        )
     return CreditStage(written.use, rule, validated_options(rule, written.options, where="credit"))
 
 
@@ -87,8 +89,6 @@ def _check_group_size(config: RunConfig, method: Method) -> None:
 
 
 def _with_kl(method: Method, config: RunConfig) -> Method:
-    if config.kl.type == "k1":
-        raise ConfigError("kl.type is 'k1', whose gradient as a loss is zero on average; use k2, k3 or low_var_kl")
     term = Term("kl", LOSSES["kl"], method.terms[0].weight, config.kl.coef, {"type": config.kl.type})
     return replace(
         method,

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def write_card(folder: str | Path, *, base_model: str, method: str, settings: str, metrics: Mapping[str, float]) -> None:
+def write_card(
+    folder: str | Path, *, base_model: str, method: str, settings: str, metrics: Mapping[str, float]
+) -> None:
     """Write `README.md` into a model folder: base model, method, evaluation, settings (YAML)."""
     rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in sorted(metrics.items()))
     evaluation = f"## Evaluation\n\n| metric | value |\n|---|---|\n{rows}\n" if rows else ""

@@ -22,7 +22,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     names = [ADAPTER_WEIGHTS] if has_adapter(model) else sorted(p.name for p in folder.glob("model*.safetensors"))
     if not names or not all((folder / name).is_file() for name in names):
-        raise CheckpointError(f"{folder} holds no {names[0] if names else 'model.safetensors'}; is it a checkpoint of this run?")
+        missing_file = names[0] if names else "model.safetensors"
+        raise CheckpointError(f"{folder} holds no {missing_file}; is it a checkpoint of this run?")
     state = {key: tensor for name in names for key, tensor in load_file(folder / name).items()}
     if has_adapter(model):
         from peft import set_peft_model_state_dict

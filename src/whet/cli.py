@@ -1,0 +1,160 @@
+"""The command line: `whet sft|grpo CONFIG.yaml [--section.key value …]`, `whet eval`, `whet chat`, `whet demo`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import Sequence
+
+from whet import __version__
+from whet.errors import WhetError
+
+HELP = """\
+whet sharpens language models after pre-training.
+
+  whet demo                                   watch a tiny model learn, from nothing, in minutes
+  whet sft  CONFIG.yaml [--section.key value] supervised fine-tuning on rows
+  whet grpo CONFIG.yaml [--section.key value] reinforcement learning on prompts with a reward
+  whet eval CONFIG.yaml [--section.key value] evaluate a model on held-out data
+  whet chat MODEL                             talk to a model
+
+A configuration is a YAML file; every setting is also a flag, and flags win:
+
+  whet sft sft.yaml --model.path Qwen/Qwen3-0.6B --optim.lr 2e-5 --train.epochs 3
+
+The smallest sft.yaml:                The smallest grpo.yaml:
+
+  model: {path: my-model}               model: {path: my-model}
+  data: {train: rows.jsonl}             data: {train: prompts.jsonl}
+                                        reward: {use: math}
+
+rows.jsonl holds {"prompt": …, "response": …} or {"messages": […]} per line, prompts.jsonl
+{"prompt": …, "label": …}. All settings: docs/configuration.md. Names from TRL, LLaMA-Factory
+and slime (--learning_rate, --n-samples-per-prompt, …) are understood as well.
+
+The same command again goes on from the newest checkpoint in output_dir.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 0, 2 for what a user can mend, 130 after an interrupt."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"whet {__version__}")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        from whet.config.names import did_you_mean
+
+        print(
+            f"whet: there is no command {command!r}{did_you_mean(command, COMMANDS)} Try whet --help", file=sys.stderr
+        )
+        return 2
+    from whet.log import quiet_libraries, setup_logging
+
+    quiet_libraries()
+    setup_logging()
+    try:
+        return COMMANDS[command](rest)
+    except WhetError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _load(method: str | None, arguments: list[str]):
+    """The configuration of a command; notes on names without effect go to the log."""
+    from whet.config.loader import load
+    from whet.log import logger
+
+    path = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    loaded = load(method, path, arguments)
+    for note in loaded.notes:
+        logger.info(note)
+    return loaded.config
+
+
+def _train(method: str, arguments: list[str]) -> int:
+    if _asks_help(arguments):
+        return _method_help(method)
+    config = _load(method, arguments)
+    from whet.compose import compose
+
+    run = compose(config)
+
+    async def train() -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # The first asks for an orderly end; a second one ends at once, as without us.
+            loop.add_signal_handler(number, lambda n=number: (run.loop.request_stop(), loop.remove_signal_handler(n)))
+        await run.train()
+
+    asyncio.run(train())
+    return 0 if run.loop.finished else 130
+
+
+def _eval(arguments: list[str]) -> int:
+    if _asks_help(arguments):
+        print(
+            "whet eval CONFIG.yaml [--section.key value …]\n\nEvaluates model.path on data.eval: the losses of sft, or"
+        )
+        print("with method: grpo the reward of sampled completions. Prints one metric per line.")
+        return 0
+    config = _load(None, arguments)
+    from whet.compose import evaluate
+
+    metrics, transcripts = asyncio.run(evaluate(config))
+    for name, value in metrics.items():
+        print(f"{name:40} {value:.6g}")
+    for episode in transcripts:
+        print(f"\n[{episode.prompt.id}] reward {episode.reward}\n{episode.prompt.content}\n-> {episode.response}")
+    return 0
+
+
+def _chat(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("whet chat", description="Talk to a model. An empty line ends the talk.")
+    parser.add_argument("model", help="folder of a model (or of an adapter), or its name on the hub")
+    parser.add_argument("--system", help="system message")
+    parser.add_argument("--max-tokens", type=int, default=512, help="longest answer in tokens (default 512)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plain", action="store_true", help="complete plain text, without the chat template")
+    options = parser.parse_args(arguments)
+    from whet.chat import talk
+
+    talk(options)
+    return 0
+
+
+def _demo(arguments: list[str]) -> int:
+    from whet.demo import main as demo
+
+    return demo(arguments)
+
+
+def _asks_help(arguments: list[str]) -> bool:
+    return any(argument in ("-h", "--help") for argument in arguments)
+
+
+def _method_help(method: str) -> int:
+    from whet.config.reference import summary
+
+    print(f"whet {method} CONFIG.yaml [--section.key value …]\n\n{summary()}")
+    return 0
+
+
+COMMANDS = {
+    "sft": lambda arguments: _train("sft", arguments),
+    "grpo": lambda arguments: _train("grpo", arguments),
+    "eval": _eval,
+    "chat": _chat,
+    "demo": _demo,
+}
