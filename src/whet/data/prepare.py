@@ -162,7 +162,7 @@ def _refuse_cuts(cfg: DataConfig, prepared: Prepared) -> None:
     report, lengths = prepared.report, np.sort(prepared.arrays.full_lengths)
     # The least limit under which no more than the allowed share is cut.
     enough = int(lengths[max(0, len(lengths) - 1 - int(len(lengths) * cfg.max_cut_share))])
-    lost = f", {report.untrained:,} of them for having no trained token left" if report.untrained else ""
+    lost = f" ({report.untrained:,} with no trained token left)" if report.untrained else ""
     refuse_share(
         report.truncated + report.dropped,
         report.rows,
