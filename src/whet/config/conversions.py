@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from whet.config.names import show
 from whet.config.run import RunConfig
 
 Converted = Mapping[str, Any]
@@ -28,8 +29,9 @@ class Alias:
     """One name of another tool and what becomes of it."""
 
     name: str
-    origin: str
-    effect: Literal["sets", "no effect", "refused"]
+    origins: tuple[str, ...]
+    """Who uses it."""
+    effect: Literal["sets", "checked", "no effect", "refused"]
     convert: Callable[[Any], Converted]
     """The value as written -> settings. Raises Refused where the value cannot be honoured."""
     targets: tuple[str, ...] = ()
@@ -44,13 +46,13 @@ class Alias:
 # How each kind of name is made.
 
 
-def renamed(origin: str, names: str, target: str, note: str = "") -> list[Alias]:
-    """Names that differ from ours in nothing else."""
-    return [Alias(name, origin, "sets", lambda value: {target: value}, (target,), note) for name in names.split()]
+def renamed(origins: tuple[str, ...], name: str, target: str, note: str = "") -> Alias:
+    """A name that differs from ours in nothing else."""
+    return Alias(name, origins, "sets", lambda value: {target: value}, (target,), note)
 
 
 def converted(
-    origin: str,
+    origins: tuple[str, ...],
     name: str,
     targets: str,
     convert: Callable[[Any], Converted],
@@ -58,12 +60,17 @@ def converted(
     *,
     switch: bool = False,
     check: Callable[[RunConfig, Any], str | None] | None = None,
-) -> list[Alias]:
+) -> Alias:
     """A name whose value is said differently here."""
-    return [Alias(name, origin, "sets", convert, tuple(targets.split()), note, switch, check)]
+    return Alias(name, origins, "sets", convert, tuple(targets.split()), note, switch, check)
 
 
-def idle(origin: str, name: str, why: str, only: tuple[object, ...] | None = (True, False, None)) -> list[Alias]:
+def checked(origins: tuple[str, ...], name: str, note: str, check: Callable[[RunConfig, Any], str | None]) -> Alias:
+    """A number that follows from other settings: it sets nothing, and must agree with them."""
+    return Alias(name, origins, "checked", whole_number, note=note, check=check)
+
+
+def idle(origins: tuple[str, ...], name: str, why: str, only: tuple[object, ...] | None = (True, False, None)) -> Alias:
     """A name that needs nothing here, for the values of `only` (None: any); others are refused."""
 
     def convert(value: object) -> Converted:
@@ -71,19 +78,21 @@ def idle(origin: str, name: str, why: str, only: tuple[object, ...] | None = (Tr
             raise Refused(f"cannot be honoured: {why}; leave it out")
         return {}
 
-    switch = only is not None and any(one is True for one in only)
-    return [Alias(name, origin, "no effect", convert, note=why, switch=switch)]
+    # By identity: 1 == True, but a count is no switch.
+    takes = {choice for choice in (True, False) if any(one is choice for one in only or ())}
+    accepted = "" if only is None or False in takes else f"{' or '.join(map(show, only))} only: "
+    return Alias(name, origins, "no effect", convert, note=accepted + why, switch=True in takes)
 
 
-def refused(origin: str, names: str, why: str, off: tuple[object, ...] = (False, None)) -> list[Alias]:
-    """Names of something that is not here. Values of `off` ask for nothing and pass."""
+def refused(origins: tuple[str, ...], name: str, why: str, off: tuple[object, ...] = (False, None)) -> Alias:
+    """The name of something that is not here. Values of `off` ask for nothing and pass."""
 
     def convert(value: object) -> Converted:
         if not any(value is one for one in off):
             raise Refused(f"is refused: {why}")
         return {}
 
-    return [Alias(name, origin, "refused", convert, note=why, switch=True) for name in names.split()]
+    return Alias(name, origins, "refused", convert, note=why, switch=True)
 
 
 # How values are read.

@@ -43,11 +43,11 @@ class Combined:
     problems: list[str] = field(default_factory=list)
 
     def source(self, path: Path) -> str | None:
-        """Where a path, or the nearest thing that holds it, was written."""
+        """Where a path was written, or the nearest thing that holds it, or the first thing in it."""
         for depth in range(len(path), 0, -1):
             if path[:depth] in self.sources:
                 return self.sources[path[:depth]]
-        return None
+        return next((source for inner, source in self.sources.items() if inner[: len(path)] == path), None)
 
 
 def combine(layers: Sequence[Sequence[Written]]) -> Combined:

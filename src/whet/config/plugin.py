@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -93,11 +94,12 @@ def options_of(fn: Callable[..., object]) -> type[BaseModel]:
     anything. Unknown options are refused unless the function takes `**options` itself.
     Raises ConfigError when the signature cannot be read.
     """
-    name = getattr(fn, "__name__", type(fn).__name__)
+    written = fn.func if isinstance(fn, partial) else fn
+    name = getattr(written, "__name__", type(written).__name__)
     try:
         parameters = inspect.signature(fn).parameters.values()
         fields: dict[str, Any] = {
-            one.name: (_annotation(one, fn), ... if one.default is one.empty else one.default)
+            one.name: (_annotation(one, written), ... if one.default is one.empty else one.default)
             for one in parameters
             if one.kind is one.KEYWORD_ONLY
         }
@@ -123,7 +125,7 @@ def _annotation(parameter: inspect.Parameter, fn: Callable[..., object]) -> Any:
         return Any
     if not isinstance(parameter.annotation, str):
         return parameter.annotation
-    # An object that is called, such as a partial, was written where its class was.
+    # The type was written in the module of the function, or of the class whose objects are called.
     written = fn.__init__ if inspect.isclass(fn) else fn if inspect.isroutine(fn) else type(fn).__call__
     return eval(parameter.annotation, getattr(inspect.unwrap(written), "__globals__", {}))
 

@@ -21,6 +21,9 @@ _LIMITS = {
     "multiple_of": ("a multiple of", "multiple_of"),
 }
 
+_WRONG_TYPE = ("_type", "_parsing", "_from_float", "literal_error", "is_instance_of")
+"""How pydantic's names of errors end where the type alone is wrong."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -70,12 +73,12 @@ def _path(details: Details, raw: Any) -> Path:
 
 
 def _setting_path(path: Path, model: type[BaseModel]) -> Path:
-    """The longest part of a path that is a setting; the whole path where nothing is."""
+    """The longest part of a path that is a setting or an entry of a mapping; the whole path where nothing is."""
     for depth in range(len(path), 0, -1):
         setting = find(path[:depth], model)
         is_item = isinstance(path[depth - 1], int)
         if setting is not None and not (is_item and setting.section is None):
-            return path[:depth]
+            return path[: depth + 1] if setting.open else path[:depth]
     return path
 
 
@@ -97,10 +100,18 @@ def _sentence(path: Path, errors: Iterable[Details], raw: Any, model: type[BaseM
         return f"{name} must be a finite number, got {show(raw)}"
     if "value_error" in kinds:  # raised by a validator of ours, which says it all
         return f"{name}: {kinds['value_error']['msg'].removeprefix('Value error, ')}"
-    if setting is None:
+    if not any(kind.endswith(_WRONG_TYPE) for kind in kinds):
         message = next(iter(kinds.values()))["msg"]
         return f"{name}: {message[:1].lower()}{message[1:]}, got {show(raw)}"
-    return f"{name} must be {expects(setting.field.annotation)}, got {show(raw)}{_hint(raw, setting)}"
+    annotation = setting.field.annotation if setting is not None else _entry(path, model)
+    return f"{name} must be {expects(annotation)}, got {show(raw)}{_hint(raw, annotation)}"
+
+
+def _entry(path: Path, model: type[BaseModel]) -> Any:
+    """The type of an entry of a mapping."""
+    holder = find(path[:-1], model)
+    assert holder is not None, f"{dotted(path)} is neither a setting nor an entry of one"
+    return next(get_args(kind)[1] for kind in members(holder.field.annotation) if get_origin(kind) is dict)
 
 
 def _meaning(setting: Setting | None) -> str:
@@ -108,8 +119,8 @@ def _meaning(setting: Setting | None) -> str:
     return f" ({words[:1].lower()}{words[1:].rstrip('.')})" if words else ""
 
 
-def _hint(value: object, setting: Setting) -> str:
-    kinds = members(setting.field.annotation)
+def _hint(value: object, annotation: Any) -> str:
+    kinds = members(annotation)
     if str in kinds and not isinstance(value, str | list | dict | type(None)):
         return "; put it in quotes"
     choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]

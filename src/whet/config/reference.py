@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md and docs/config.schema.json from the schema: `python -m whet.config.reference [docs]`."""
+"""The pages about the configuration, written from the schema: `python -m whet.config.reference [docs]`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import inspect
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from whet.config.aliases import ALIASES, PREFIXES
-from whet.config.conversions import Alias
-from whet.config.names import Setting, members, settings, show
+from whet.config.aliases import ALIASES, ORIGINS, PREFIXES
+from whet.config.base import Plugin
+from whet.config.names import Setting, expects, settings, show
 from whet.config.run import RunConfig
 
 INTRODUCTION = """\
@@ -31,7 +31,7 @@ whet sft run.yaml --optim.lr 1e-6 --data.train rows.jsonl
 
 ```yaml
 # run.yaml
-model: Qwen/Qwen3-0.6B
+model: {path: Qwen/Qwen3-0.6B}
 data:
   train: train.jsonl
   columns: {prompt: question, response: answer}
@@ -52,8 +52,8 @@ optim: {lr: 1e-5, schedule: cosine}
 ALIAS_INTRODUCTION = """\
 ## Names from other tools
 
-These names are understood at the top of the file and as flags, and, where all that they set lies in one section,
-inside that section. A name that has no effect here is accepted with a note; a refused one stops the run with the reason.
+These names are understood as flags, at the top of the file, and inside the section that holds all that they set. A name that has no effect here is accepted with a note; one that is refused stops the run and
+says why.
 """
 
 
@@ -64,7 +64,7 @@ def markdown() -> str:
         if setting.section is not None:
             parts.append(_section(f"`{path}`", setting.section, f"{path}.", setting))
     parts.append(ALIAS_INTRODUCTION)
-    parts += [_aliases(origin) for origin in dict.fromkeys(alias.origin for alias in _sorted())]
+    parts += [_aliases(origin) for origin in ORIGINS]
     return "\n".join(parts)
 
 
@@ -84,18 +84,15 @@ def write(folder: Path) -> list[Path]:
 
 
 def _section(title: str, model: type[BaseModel], prefix: str, setting: Setting | None = None) -> str:
-    words = [inspect.cleandoc(model.__doc__ or "")]
-    if setting is not None and setting.field.description:
-        words.append(f"As `{setting.path}`: {_line(setting.field.description)}")
-    if setting is not None and setting.has_items:
-        words.append("May be a list of such mappings; `.0` in a flag is the first.")
-    if setting is not None and setting.optional:
-        words.append("Off unless given.")
+    words = [] if model is Plugin else [inspect.cleandoc(model.__doc__ or "")]
+    if setting is not None:
+        words.insert(0, setting.field.description or "")
+        words.append("May be a list of such mappings; `.0` in a flag is the first." if setting.has_items else "")
+        words.append("Further keys are options of what `use` names." if setting.open else "")
+        words.append("Off unless given." if setting.optional else "")
     rows = [_row(prefix + name, field) for name, field in model.model_fields.items() if not _is_section(prefix + name)]
     table = _table(("setting", "type", "default", "meaning", "also known as"), rows)
-    if setting is not None and setting.open:
-        words.append("Further keys are options of what `use` names.")
-    return f"## {title}\n\n" + "\n\n".join(words) + f"\n\n{table}"
+    return "\n\n".join([f"## {title}", *filter(None, words), table])
 
 
 def _is_section(path: str) -> bool:
@@ -104,7 +101,7 @@ def _is_section(path: str) -> bool:
 
 def _row(path: str, field: FieldInfo) -> tuple[str, ...]:
     default = "required" if field.is_required() else f"`{show(field.get_default(call_default_factory=True))}`"
-    names = [f"`{alias.name}`" for alias in _sorted() if path in alias.targets]
+    names = [f"`{alias.name}`" for alias in ALIASES.values() if path in alias.targets]
     return f"`{path}`", _type(field), default, _line(field.description or ""), ", ".join(names)
 
 
@@ -113,20 +110,7 @@ _LIMITS = (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
 
 def _type(field: FieldInfo) -> str:
     limits = [f"{sign} {getattr(one, key):g}" for one in field.metadata for key, sign in _LIMITS if hasattr(one, key)]
-    return " or ".join(_type_name(kind) for kind in members(field.annotation)) + (
-        f", {', '.join(limits)}" * bool(limits)
-    )
-
-
-def _type_name(kind: Any) -> str:
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return " or ".join(f"`{choice}`" for choice in args)
-    if origin is list:
-        return f"list of {_type_name(args[0])}"
-    if kind is dict or origin is dict:
-        return "mapping"
-    return {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null"}[kind]
+    return expects(field.annotation) + (f" ({', '.join(limits)})" if limits else "")
 
 
 def _line(text: str) -> str:
@@ -139,19 +123,10 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-def _sorted() -> list[Alias]:
-    families = [Alias(f"{one.name}*", one.origin, one.effect, one.convert, note=one.note) for one in PREFIXES.values()]
-    return sorted([*ALIASES.values(), *families], key=lambda alias: (alias.origin, alias.name))
-
-
 def _aliases(origin: str) -> str:
-    rows = []
-    for alias in _sorted():
-        if alias.origin == origin:
-            becomes = ", ".join(f"`{target}`" for target in alias.targets) or {"sets": "a check"}.get(
-                alias.effect, alias.effect
-            )
-            rows.append((f"`{alias.name}`", becomes, alias.note))
+    families = [replace(family, name=f"{family.name}*") for family in PREFIXES.values()]
+    mine = sorted((one for one in [*ALIASES.values(), *families] if origin in one.origins), key=lambda one: one.name)
+    rows = [(f"`{one.name}`", ", ".join(f"`{path}`" for path in one.targets) or one.effect, one.note) for one in mine]
     return f"### {origin}\n\n" + _table(("name", "becomes", "how, or why"), rows)
 
 

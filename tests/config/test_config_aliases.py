@@ -1,0 +1,341 @@
+"""Names of other tools: every one is set where it belongs, or without effect and says why, or refused with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from whet.config.aliases import ALIASES, PREFIXES
+from whet.config.loader import Loaded, from_values, load
+from whet.config.names import find, is_open
+from whet.errors import ConfigError
+
+NO_EFFECT = "no effect"
+REFUSED = "refused"
+
+# Name -> an ordinary value, and the settings that it makes of it; a name that is ours already sets itself.
+HUGGING_FACE: Mapping[str, tuple[Any, Any]] = {
+    "model_name_or_path": ("m", {"model.path": "m"}),
+    "output_dir": ("o", {"output_dir": "o"}),
+    "per_device_train_batch_size": (4, {"train.batch_size": 4}),
+    "gradient_accumulation_steps": (2, {"train.accumulation": 2}),
+    "learning_rate": ("1e-5", {"optim.lr": 1e-5}),
+    "num_train_epochs": (3, {"train.epochs": 3.0}),
+    "max_steps": (7, {"train.steps": 7}),
+    "lr_scheduler_type": ("cosine", {"optim.schedule": "cosine"}),
+    "warmup_ratio": (0.1, {"optim.warmup_ratio": 0.1}),
+    "warmup_steps": (5, {"optim.warmup_steps": 5}),
+    "weight_decay": (0.1, {"optim.weight_decay": 0.1}),
+    "max_grad_norm": (0.5, {"optim.max_grad_norm": 0.5}),
+    "bf16": (True, {"backend.precision": "bf16"}),
+    "fp16": (True, {"backend.precision": "fp16"}),
+    "gradient_checkpointing": (True, {"backend.activation_checkpointing": True}),
+    "logging_steps": (10, {"log.every_steps": 10}),
+    "save_steps": (20, {"checkpoint.every_steps": 20}),
+    "eval_steps": (30, {"eval.every_steps": 30}),
+    "save_total_limit": (2, {"checkpoint.keep": 2}),
+    "load_best_model_at_end": (True, {"checkpoint.best": True}),
+    "metric_for_best_model": ("eval_loss", {"eval.metric": "eval/loss"}),
+    "seed": (3, {"seed": 3}),
+    "report_to": ("none", {"log.tensorboard": False}),
+    "resume_from_checkpoint": ("runs/a", {"checkpoint.resume": "runs/a"}),
+    "max_length": (64, {"data.max_length": 64}),
+    "packing": (True, NO_EFFECT),
+    "lora_r": (4, {"model.adapter.rank": 4}),
+    "lora_alpha": (16, {"model.adapter.alpha": 16.0}),
+    "lora_dropout": (0.1, {"model.adapter.dropout": 0.1}),
+    "lora_target_modules": (["q_proj"], {"model.adapter.target_modules": ["q_proj"]}),
+    "load_in_4bit": (True, REFUSED),
+    "attn_implementation": ("sdpa", REFUSED),
+}
+SFT_TRAINER: Mapping[str, tuple[Any, Any]] = {
+    "experiment_name": ("my_run", {"output_dir": "runs/my_run"}),
+    "model_name": ("m", {"model.path": "m"}),
+    "model_type": ("Qwen", NO_EFFECT),
+    "train_file": ("t", {"data.train": "t"}),
+    "eval_file": ("e", {"data.eval": "e"}),
+    "batch_size": (4, {"train.batch_size": 4}),
+    "use_lora": (True, {"model.adapter.rank": 8}),
+    "lora_rank": (16, {"model.adapter.rank": 16}),
+    "freeze_layers": ([0, 1, 2, 3, 4, 5], {"model.freeze.layers": [0, 1, 2, 3, 4, 5]}),
+    "use_amp": (True, {"backend.precision": "bf16"}),
+    "use_gradient_checkpointing": (True, {"backend.activation_checkpointing": True}),
+    "warmup_steps_ratio": (0.1, {"optim.warmup_ratio": 0.1}),
+    "max_seq_length": (64, {"data.max_length": 64}),
+    "prompt_template": ("Q: {prompt}", {"data.prompt_template": "Q: {prompt}"}),
+    "response_template": ("A: {response}", {"data.response_template": "A: {response}"}),
+    "device": ("cpu", {"backend.device": "cpu"}),
+    "adam_beta1": (0.8, {"optim.beta1": 0.8}),
+    "adam_beta2": (0.98, {"optim.beta2": 0.98}),
+    "adam_epsilon": ("1e-7", {"optim.eps": 1e-7}),
+}
+RLHF_TOOLKIT: Mapping[str, tuple[Any, Any]] = {
+    "rlhf_type": ("DPO", REFUSED),
+    "train_mode": ("lora", {"model.adapter.rank": 8}),
+    "lmbda": (0.5, REFUSED),
+    "beta": (0.1, REFUSED),
+    "seq_kd": (True, REFUSED),
+    "teacher_model_name_or_path": ("m", REFUSED),
+}
+SLIME: Mapping[str, tuple[Any, Any]] = {
+    "rollout-batch-size": (16, {"rollout.prompts_per_step": 16}),
+    "n-samples-per-prompt": (4, {"rollout.group_size": 4}),
+    "num-rollout": (3000, {"train.steps": 3000}),
+    "rollout-max-response-len": (128, {"rollout.max_tokens": 128}),
+    "rollout-temperature": (0.8, {"rollout.temperature": 0.8}),
+    "num-steps-per-rollout": (2, {"rollout.optimizer_steps": 2}),
+    "global-batch-size": (256, {"rollout.prompts_per_step": 32, "rollout.group_size": 8}),
+    "use-dynamic-batch-size": (True, NO_EFFECT),
+    "max-tokens-per-gpu": (4608, {"backend.max_tokens_per_device": 4608}),
+    "balance-data": (True, NO_EFFECT),
+    "advantage-estimator": ("rloo", {"credit.use": "rloo"}),
+    "use-kl-loss": (False, {"kl.coef": 0.0}),
+    "kl-loss-coef": (0.01, {"kl.coef": 0.01}),
+    "kl-loss-type": ("low_var_kl", {"kl.type": "low_var_kl"}),
+    "entropy-coef": (0.01, {"entropy_coef": 0.01}),
+    "eps-clip": (0.2, {"loss": {"clip_low": 0.2, "clip_high": 0.2}}),
+    "eps-clip-high": (0.28, {"loss": {"clip_high": 0.28}}),
+    "over-sampling-batch-size": (64, REFUSED),
+    "dynamic-sampling-filter-path": ("slime.rollout.filter_hub.f", REFUSED),
+    "partial-rollout": (True, REFUSED),
+    "buffer-filter-path": ("a.b", REFUSED),
+    "rm-type": ("exact", {"reward.use": "exact"}),
+    "custom-rm-path": ("a.b.reward", {"reward.use": "a.b.reward"}),
+    "prompt-data": ("p.jsonl", {"data.train": "p.jsonl"}),
+    "input-key": ("question", {"data.columns": {"prompt": "question"}}),
+    "label-key": ("answer", {"data.columns": {"label": "answer"}}),
+    "apply-chat-template": (True, {"data.chat": "always"}),
+    "rollout-shuffle": (True, {"data.shuffle": True}),
+    "eval-interval": (5, {"eval.every_steps": 5}),
+    "eval-prompt-data": ("e.jsonl", {"data.eval": "e.jsonl"}),
+    "n-samples-per-eval-prompt": (16, {"eval.num_samples": 16}),
+    "eval-max-response-len": (512, {"eval.max_tokens": 512}),
+    "eval-top-p": (0.7, {"eval.top_p": 0.7}),
+    "colocate": (True, NO_EFFECT),
+    "actor-num-nodes": (1, NO_EFFECT),
+    "actor-num-gpus-per-node": (1, NO_EFFECT),
+    "rollout-num-gpus": (4, REFUSED),
+    "rollout-num-gpus-per-engine": (1, NO_EFFECT),
+    "hf-checkpoint": ("m", {"model.path": "m"}),
+    "ref-load": ("m_dist", REFUSED),
+    "load": ("m_slime", REFUSED),
+    "save": ("o", {"output_dir": "o"}),
+    "save-interval": (20, {"checkpoint.every_steps": 20}),
+    "sglang-mem-fraction-static": (0.7, REFUSED),
+    "optimizer": ("adam", NO_EFFECT),
+    "lr": ("1e-6", {"optim.lr": 1e-6}),
+    "lr-decay-style": ("constant", {"optim.schedule": "constant"}),
+    "tensor-model-parallel-size": (1, NO_EFFECT),
+    "recompute-granularity": ("full", REFUSED),
+}
+CASES = [
+    pytest.param(method, name, value, outcome, id=f"{origin}-{name}")
+    for origin, method, table in (
+        ("hf", "sft", HUGGING_FACE),
+        ("sft", "sft", SFT_TRAINER),
+        ("toolkit", "sft", RLHF_TOOLKIT),
+        ("slime", "grpo", SLIME),
+    )
+    for name, (value, outcome) in table.items()
+]
+
+
+def base_of(method: str, taken: Any) -> dict[str, Any]:
+    """The least that a run needs, without what the name under test sets itself."""
+    base: dict[str, Any] = {"model.path": "tiny", "data.train": "rows.jsonl", "data.eval": "held_out.jsonl"}
+    base |= {"reward.use": "math"} if method == "grpo" else {}
+    return {name: value for name, value in base.items() if not (isinstance(taken, dict) and name in taken)}
+
+
+def value_at(loaded: Loaded, path: str) -> Any:
+    node: Any = loaded.config
+    for part in path.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def check(read: Any, name: str, outcome: Any) -> None:
+    """What becomes of a name that `read` reads."""
+    if outcome == REFUSED:
+        with pytest.raises(ConfigError, match=rf"{name.replace('-', '_')} is .*, but it (is refused: \w|cannot be \w)"):
+            read()
+        return
+    loaded = read()
+    noted = [note for note in loaded.notes if note.startswith(f"{name.replace('-', '_')} has no effect: ")]
+    assert len(noted) == (outcome == NO_EFFECT)
+    for path, value in outcome.items() if isinstance(outcome, dict) else ():
+        assert value_at(loaded, path) == value
+
+
+@pytest.mark.parametrize("method,name,value,outcome", CASES)
+def test_a_name_in_the_file_works_or_says_why_not(
+    method: str, name: str, value: Any, outcome: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    check(lambda: from_values({**base_of(method, outcome), name: value}, method=method), name, outcome)
+
+
+@pytest.mark.parametrize("method,name,value,outcome", CASES)
+def test_a_name_as_a_flag_works_or_says_why_not(method: str, name: str, value: Any, outcome: Any):
+    base = [part for path, setting in base_of(method, outcome).items() for part in (f"--{path}", setting)]
+    for spelling in (name.replace("_", "-"), name.replace("-", "_")):
+        flag = [f"--{spelling}"] if value is True else [f"--{spelling}", str(value)]
+        check(lambda flag=flag: load(method, None, [*base, *flag]), name, outcome)
+
+
+def test_every_alias_sets_what_exists_and_hides_nothing_of_ours():
+    for name, alias in ALIASES.items():
+        assert find((name,)) is None, f"{name} is a setting of ours"
+        assert name == name.lower().replace("-", "_")
+        for target in alias.targets:
+            path = tuple(target.split("."))
+            assert find(path) is not None or is_open(path), f"{name} sets {target}, which does not exist"
+        assert (alias.effect == "sets") == bool(alias.targets)
+        assert alias.targets or alias.note
+
+
+def test_every_setting_that_a_conversion_makes_is_among_its_targets():
+    samples = (True, False, None, "m", "lora", "full", "rloo", "epoch", "no", "none", "cosine", 1, -1, 0.5, ["a"])
+    seen = 0
+    for alias in ALIASES.values():
+        for sample in samples:
+            try:
+                made = set(alias.convert(sample))
+            except ValueError:
+                continue
+            assert made <= set(alias.targets), f"{alias.name}: {sample} sets {made - set(alias.targets)}"
+            seen += len(made)
+    assert seen > 500
+
+
+def read(method: str = "sft", **values: Any) -> Loaded:
+    return from_values({**base_of(method, {}), **values}, method=method)
+
+
+def error_of(method: str = "sft", **values: Any) -> str:
+    with pytest.raises(ConfigError) as raised:
+        read(method, **values)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "values,path,expected",
+    [
+        ({"max_steps": -1}, "train.steps", None),
+        ({"device": None}, "backend.device", "auto"),
+        ({"device": "cuda:0"}, "backend.device", "cuda"),
+        ({"freeze_layers": 6}, "model.freeze.layers", 6),
+        ({"freeze_layers": None}, "model.freeze.layers", 0),
+        ({"use_lora": False}, "model.adapter", None),
+        ({"use_lora": True, "lora_rank": 4}, "model.adapter.rank", 4),
+        ({"train_mode": "full"}, "model.adapter", None),
+        ({"bf16": False}, "backend.precision", "float32"),
+        ({"bf16": None}, "backend.precision", "auto"),
+        ({"bf16": False, "fp16": True}, "backend.precision", "fp16"),
+        ({"bf16": True, "fp16": False}, "backend.precision", "bf16"),
+        ({"use_amp": False}, "backend.precision", "float32"),
+        ({"lr_scheduler_type": "constant_with_warmup"}, "optim.schedule", "constant"),
+        ({"report_to": ["tensorboard"]}, "log.tensorboard", True),
+        ({"report_to": []}, "log.tensorboard", False),
+        ({"resume_from_checkpoint": True}, "checkpoint.resume", True),
+        ({"resume_from_checkpoint": None}, "checkpoint.resume", "auto"),
+        ({"metric_for_best_model": "loss"}, "eval.metric", "eval/loss"),
+        ({"metric_for_best_model": "eval/f", "greater_is_better": True}, "eval.mode", "max"),
+        ({"eval_strategy": "epoch"}, "eval.every_epochs", 1),
+        ({"eval_strategy": "steps", "eval_steps": 9}, "eval.every_steps", 9),
+        ({"eval_strategy": False}, "eval.at_end", False),
+        ({"save_strategy": "epoch"}, "checkpoint.every_epochs", 1),
+        ({"load_in_4bit": False}, "model.adapter", None),
+        ({"apply_chat_template": False}, "data.chat", "never"),
+        ({"optim": {"learning_rate": "1e-5"}}, "optim.lr", 1e-5),
+        ({"model": {"use_lora": True}}, "model.adapter.type", "lora"),
+        ({"global_batch_size": 8}, "train.batch_size", 8),
+    ],
+)
+def test_values_are_said_in_our_way(values: dict, path: str, expected: object):
+    assert value_at(read(**values), path) == expected
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        ({"device": "cuda:1"}, "set CUDA_VISIBLE_DEVICES"),
+        ({"use_lora": "yes please"}, "it must be true or false"),
+        ({"use_lora": False, "lora_rank": 8}, "model.adapter is given twice"),
+        ({"train_mode": "qlora"}, "weights in 4 bits are not in this version; use lora"),
+        ({"bf16": True, "fp16": True}, "backend.precision is given twice"),
+        ({"bf16": False, "backend.precision": "bf16"}, "bf16 is false (from the call), but backend.precision is bf16"),
+        ({"use_amp": False, "fp16": True}, "use_amp is false (from the call), but backend.precision is fp16"),
+        ({"report_to": ["wandb", "tensorboard"]}, "cannot include wandb"),
+        ({"experiment_name": "../up"}, "must be a plain name"),
+        ({"eval_strategy": "best"}, "must be no, steps or epoch"),
+        ({"lr_scheduler_type": "polynomial"}, "optim.schedule must be one of linear, cosine or constant"),
+        ({"actor_num_nodes": 2}, "actor_num_nodes is 2 (from the call), but it cannot be honoured"),
+        ({"tensor_model_parallel_size": True}, "cannot be honoured"),
+        ({"optimizer": "sgd"}, "AdamW is the optimizer"),
+        ({"global_batch_size": True}, "must be a whole number"),
+        ({"global_batch_size": 9}, "global_batch_size is 9 (from the call), but train.batch_size 8 x"),
+        ({"batch_size": True}, "batch_size must be a whole number, got true"),
+        ({"model": {"attn_implementation": "sdpa"}}, "choose how a batch runs with model.attention"),
+        ({"model": {"learning_rate": 1}}, "model.learning_rate is not a setting"),
+    ],
+)
+def test_values_that_cannot_be_honoured_are_refused(values: dict, message: str):
+    assert message in error_of(**values)
+
+
+@pytest.mark.parametrize("name", ["PPO", "CPO", "SimPO", "CPOSimPO", "KTO", "Reward", "DPO"])
+def test_other_methods_of_the_toolkit_are_refused(name: str):
+    assert f"rlhf_type is '{name}' (from the call), but it cannot be {name}" in error_of(rlhf_type=name)
+
+
+def test_rloo_of_the_toolkit_is_grpo_with_its_credit():
+    values = {**base_of("grpo", {}), "rlhf_type": "RLOO"}
+    config = from_values(values).config
+    assert (config.method, config.credit.use, config.loss) == ("grpo", "rloo", {"use": "reinforce"})
+    assert "but the command is sft" in error_of("sft", rlhf_type="RLOO")
+
+
+@pytest.mark.parametrize("name", ["gspo", "reinforce_plus_plus", "ppo"])
+def test_estimators_that_are_not_here_are_refused(name: str):
+    assert f"cannot be {name} in this version; use grpo, grpo_no_std or rloo" in error_of(
+        "grpo", advantage_estimator=name
+    )
+
+
+def test_the_upper_clip_follows_the_lower_unless_it_is_given():
+    assert read("grpo", eps_clip=0.1).config.loss == {"clip_low": 0.1, "clip_high": 0.1}
+    assert read("grpo", eps_clip=0.1, eps_clip_high=0.3).config.loss == {"clip_low": 0.1, "clip_high": 0.3}
+    assert read("grpo", eps_clip=0.1, loss={"clip_high": 0.3}).config.loss == {"clip_low": 0.1, "clip_high": 0.3}
+
+
+def test_the_samples_per_optimizer_step_must_agree_and_the_sum_is_shown():
+    # 32 prompts x 8 completions in 4 steps: 64 per step.
+    assert read("grpo", global_batch_size=64, num_steps_per_rollout=4).config.rollout.optimizer_steps == 4
+    assert error_of("grpo", global_batch_size=64) == (
+        "global_batch_size is 64 (from the call), but rollout.prompts_per_step 32 x rollout.group_size 8 / "
+        "rollout.optimizer_steps 1 = 256; set rollout.optimizer_steps to 4, or leave this out"
+    )
+    assert "= 256; change one of them, or leave this out" in error_of("grpo", global_batch_size=100)
+
+
+def test_a_loss_of_kl_that_is_off_contradicts_a_coefficient():
+    assert "kl.coef is given twice" in error_of("grpo", use_kl_loss=False, kl_loss_coef=0.1)
+    assert read("grpo", use_kl_loss=True, kl_loss_coef=0.1).config.kl.coef == 0.1
+
+
+def test_a_flag_replaces_the_same_name_in_the_file(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: tiny\ntrain_file: a\nbf16: true\nuse_lora: true\nlora_r: 4\neps_clip_high: 0.3\n")
+    loaded = load("sft", str(path), ["--bf16", "false", "--use_lora", "false", "--eps-clip", "0.1"])
+    config = loaded.config
+    assert (config.backend.precision, config.model.adapter) == ("float32", None)
+    assert config.loss == {"clip_low": 0.1, "clip_high": 0.3}
+    assert loaded.sources["loss.clip_high"] == f"eps_clip_high in {path}, line 6"
+
+
+def test_families_of_engine_options_are_refused_by_their_beginning():
+    for prefix in PREFIXES:
+        assert f"{prefix}anything is 1 (from the call), but it is refused" in error_of(**{f"{prefix}anything": 1})

@@ -1,0 +1,47 @@
+"""The generated pages: up to date, complete, and a schema that accepts what the loader accepts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from whet.config.aliases import ALIASES, PREFIXES
+from whet.config.names import settings
+from whet.config.reference import json_schema, markdown, write
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name,text", [("configuration.md", markdown()), ("config.schema.json", json_schema())])
+def test_the_page_in_docs_is_up_to_date(name: str, text: str):
+    written = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert written == text, f"docs/{name} is old; run: python -m whet.config.reference"
+
+
+def test_every_setting_has_a_meaning_a_type_and_a_default():
+    lines = markdown().splitlines()
+    for path, setting in settings().items():
+        if setting.section is None:
+            (line,) = [line for line in lines if line.startswith(f"| `{path}` | ")]
+            _, _, type_, default, meaning, *_ = (cell.strip() for cell in line.replace("\\|", "").split("|"))
+            assert type_ and default and len(meaning) > 5, line
+        else:
+            assert f"## `{path}`" in lines
+
+
+def test_every_name_of_other_tools_stands_in_the_page_with_what_becomes_of_it():
+    page = markdown()
+    for name, alias in ALIASES.items():
+        assert f"| `{name}` | " in page
+        assert alias.targets or alias.note, f"{name} is without effect and does not say why"
+    assert all(f"| `{prefix}*` | refused | " in page for prefix in PREFIXES)
+
+
+def test_the_files_are_written_where_asked(tmp_path: Path):
+    assert write(tmp_path / "new") == [tmp_path / "new" / "configuration.md", tmp_path / "new" / "config.schema.json"]
+    schema = json.loads((tmp_path / "new" / "config.schema.json").read_text(encoding="utf-8"))
+    assert schema["required"] == ["model"]
+    assert schema["additionalProperties"] is False
+    assert schema["$defs"]["OptimConfig"]["properties"]["lr"]["description"] == "Peak learning rate."
