@@ -85,7 +85,7 @@ class _ChunkedHead(torch.autograd.Function):
             chosen = logp.gather(1, targets[span, None])
             logprobs[span] = chosen[:, 0]
             if correct is not None:
-                correct[span] = (chosen >= logp.amax(-1, keepdim=True))[:, 0]
+                correct[span] = logp.argmax(-1) == targets[span]  # by index: of likeliest tokens only one is right
             if mean is not None:
                 mean[span] = logp.mean(-1)
             if entropy is not None or (keep and span is logits.spans[-1]):
