@@ -1,0 +1,40 @@
+"""The Bradley-Terry loss by hand and against its formula in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from whet.losses.reward import bradley_terry
+
+
+def test_bradley_terry_by_hand(batch_of):
+    # pairs (2, 0) and (1, 1): log(1 + e^-2) = .1269, log 2 = .6931
+    values, metrics = bradley_terry({"scores": torch.tensor([2.0, 0, 1, 1])}, batch_of(1, 1, 1, 1, per_unit=2))
+    assert values.tolist() == pytest.approx([0.126928, math.log(2)], abs=1e-5)
+    assert metrics["accuracy"].tolist() == [1, 0], "a draw is not a win"
+    assert metrics["margin"].tolist() == [2, 0]
+
+
+def test_centering_pulls_the_scores_of_a_pair_towards_zero(batch_of):
+    batch = batch_of(1, 1, per_unit=2)
+    plain, centered = (bradley_terry({"scores": torch.tensor([3.0, 1])}, batch, centering=c)[0] for c in (0.0, 0.01))
+    assert (centered - plain).item() == pytest.approx(0.01 * 16)
+
+
+def test_values_and_gradients_follow_the_formula(batch_of):
+    scores = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5
+    ours, exact = scores.float().requires_grad_(), scores.clone().requires_grad_()
+    bradley_terry({"scores": ours}, batch_of(*[1] * 20, per_unit=2), centering=0.1)[0].sum().backward()
+    chosen, rejected = exact.view(-1, 2).unbind(1)
+    (-(1 / (1 + (rejected - chosen).exp())).log() + 0.1 * (chosen + rejected) ** 2).sum().backward()
+    assert torch.allclose(ours.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_very_different_scores_stay_finite(batch_of):
+    scores = torch.tensor([-1e4, 1e4], requires_grad=True)
+    values, _ = bradley_terry({"scores": scores}, batch_of(1, 1, per_unit=2))
+    values.sum().backward()
+    assert values.item() == pytest.approx(2e4) and scores.grad.tolist() == [-1, 1]
