@@ -75,7 +75,7 @@ async def test_the_random_reward_is_the_same_for_the_same_episode_only():
 
 
 async def test_an_exact_reward_without_a_label_fails_the_episode():
-    assert "no label" in (await score(RewardConfig(use="exact"), "YES", None)).error
+    assert "label is None" in (await score(RewardConfig(use="exact"), "YES", None)).error
 
 
 async def test_functions_classes_and_factories_of_users_are_found_by_path(mine: str):

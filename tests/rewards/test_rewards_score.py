@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from whet.errors import RewardError
+from whet.errors import DataError, RewardError
+from whet.rewards.exact import ExactReward
+from whet.rewards.math import MathReward
 from whet.rewards.score import MAX_THREADS, NamedReward, RewardScorer
 from whet.types import Episode, Prompt
 
@@ -123,16 +127,38 @@ async def test_stuck_threads_do_not_block_the_next_calls():
     release.set()
 
 
-async def test_waiting_for_a_free_thread_does_not_count_against_the_limit():
-    # 48 calls of 0.05 s, 16 at a time: the last ones wait for 0.1 s before they start.
+async def test_threads_are_limited_and_waiting_for_one_does_not_count_against_the_limit():
+    running: set[int] = set()
+    most = 0
+
+    # 48 calls of 0.25 s, 16 at a time: the last ones wait for 0.5 s before they start.
     def slow(episode: Episode) -> float:
-        time.sleep(0.05)
+        nonlocal most
+        running.add(episode.index)
+        most = max(most, len(running))
+        time.sleep(0.25)
+        running.remove(episode.index)
         return 1.0
 
-    scorer = RewardScorer([NamedReward("slow", slow, timeout_s=0.5)])
+    scorer = RewardScorer([NamedReward("slow", slow, timeout_s=0.6)])
     episodes = [an_episode(i) for i in range(3 * MAX_THREADS)]
     await asyncio.gather(*(scorer.score(episode) for episode in episodes))
     assert {episode.status for episode in episodes} == {"completed"}
+    assert most == MAX_THREADS
+
+
+def test_a_program_ends_while_a_reward_is_stuck():
+    code = (
+        "import asyncio, time\n"
+        "from whet.rewards.score import NamedReward, RewardScorer\n"
+        "from whet.types import Episode, Prompt\n"
+        "episode = Episode(Prompt('p', [1], '?'), 'g', 0)\n"
+        "scorer = RewardScorer([NamedReward('stuck', lambda e: time.sleep(60), timeout_s=0.1)])\n"
+        "asyncio.run(scorer.score(episode))\n"
+        "print(episode.status)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=30)
+    assert done.stdout == "failed\n"
 
 
 def test_one_scorer_serves_one_event_loop_after_another():
@@ -214,3 +240,15 @@ def test_the_same_reward_everywhere_is_reported_at_ever_longer_intervals(caplog:
         assert caplog.text == ""
         scorer.report_uniform(with_rewards(1.0, 1.0))
         assert "steps in a row: 1" in caplog.text
+
+
+def test_prompts_that_can_never_be_judged_are_refused_beforehand():
+    prompts = [Prompt(f"p{i}", [1], f"{i}?", label=label) for i, label in enumerate([0, None, "", 3])]
+    scorer = RewardScorer([NamedReward("mine", lambda e: 1.0), NamedReward("math", MathReward())])
+    with pytest.raises(
+        DataError, match=r"reward 'math' cannot judge 2 prompts; .* prompt p1 \('1\?'\): .*label is None"
+    ):
+        scorer.check(prompts)
+    scorer.check([prompts[0], prompts[3]])
+    with pytest.raises(DataError, match="reward 'exact' cannot judge 1 prompts"):
+        RewardScorer([NamedReward("exact", ExactReward())]).check(prompts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 import pytest
 
@@ -163,9 +164,11 @@ async def test_an_engine_that_fails_stops_the_step_and_cancels_the_rest(make_sou
 
     source, _ = make_source()
     source._player._engine = Failing()
+    start = time.monotonic()
     with pytest.raises(EngineError, match="the engine is gone"):
         await source.take(2)
     assert cancelled == ["g0"] * 3
+    assert time.monotonic() - start < 2.0
 
 
 async def test_an_environment_that_cannot_be_made_fails_its_episodes(make_source):

@@ -59,10 +59,10 @@ def label_text(label: Any) -> str:
         boxed = last_boxed(text)
         text = boxed if boxed is not None else text.rpartition("####")[2]
     else:
-        raise ValueError(f"the label is {label!r}, expected a number or a text; check data.columns")
+        raise ValueError(f"the label is {label!r}, expected a number or a text")
     text = tidy(text)
     if not text:
-        raise ValueError(f"the label is {label!r}, which holds no answer; check data.columns")
+        raise ValueError(f"the label is {label!r}, which holds no answer")
     return text
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from whet.types import Episode
+from whet.types import Episode, Prompt
 
 
-def exact(episode: Episode) -> float:
-    """Raises ValueError for a prompt without a label."""
-    if episode.prompt.label is None:
-        raise ValueError("the prompt has no label; check data.columns")
-    return float(episode.response.strip() == str(episode.prompt.label).strip())
+class ExactReward:
+    """Compares text with text; a label that is a number is compared as it is written in Python."""
+
+    def check(self, prompt: Prompt) -> None:
+        """Raises ValueError for a prompt without a label."""
+        if prompt.label is None:
+            raise ValueError("the label is None, expected a text or a number")
+
+    async def __call__(self, episode: Episode) -> float:
+        self.check(episode.prompt)
+        return float(episode.response.strip() == str(episode.prompt.label).strip())

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from whet.rewards.answers import equal_numbers, label_text, last_boxed, last_number, tidy
 from whet.rewards.math_pool import shared_pool
-from whet.types import Episode
+from whet.types import Episode, Prompt
 
 
 class MathReward:
@@ -29,6 +29,10 @@ class MathReward:
         self._last_number = last_number
         self._ordered = ordered
         self._answer_timeout_s = answer_timeout_s
+
+    def check(self, prompt: Prompt) -> None:
+        """Raises ValueError for a prompt whose label holds no answer."""
+        label_text(prompt.label)
 
     async def __call__(self, episode: Episode) -> float:
         return await self.grade(episode.response, episode.prompt.label)

@@ -12,13 +12,13 @@ from typing import Any
 from whet.config.plugin import resolve, validated_options
 from whet.config.rollout import RewardConfig
 from whet.errors import ConfigError
-from whet.rewards.exact import exact
+from whet.rewards.exact import ExactReward
 from whet.rewards.math import MathReward
 from whet.rewards.random import coin
 from whet.rewards.score import NamedReward, RewardScorer
 from whet.rollout.protocols import Reward
 
-BUILTINS: dict[str, Any] = {"math": MathReward, "exact": exact, "random": coin}
+BUILTINS: dict[str, Any] = {"math": MathReward, "exact": ExactReward, "random": coin}
 
 
 def build_scorer(configs: RewardConfig | Sequence[RewardConfig] | None) -> RewardScorer:

@@ -12,9 +12,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from whet.errors import RewardError
+from whet.errors import DataError, RewardError
 from whet.rollout.protocols import Reward
-from whet.types import Episode
+from whet.types import Episode, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,20 @@ class RewardScorer:
         self._num_uniform = 0
         self._slots: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Ask the rewards whether they can judge these prompts at all, before a model is loaded.
+
+        Raises DataError with the first prompt that one of them cannot judge, and how many there are.
+        """
+        for named in self.rewards:
+            check = getattr(named.reward, "check", None)
+            faults = [fault for prompt in prompts if (fault := fault_of(check, prompt))] if check else []
+            if faults:
+                raise DataError(
+                    f"reward '{named.name}' cannot judge {len(faults)} prompts; the first is {faults[0]}; correct "
+                    f"the rows, or name the column that holds the answer in data.columns, as in {{label: answer}}"
+                )
+
     async def score(self, episode: Episode) -> None:
         """Set `reward` to the weighted sum, and `rewards` to each function's own value by its name.
 
@@ -71,7 +85,7 @@ class RewardScorer:
         failed = [episode for episode in played if episode.status == "failed"]
         if not failed:
             return
-        first = f"the first is {where(failed[0])}: {failed[0].error}"
+        first = f"the first answered {prompt_in_words(failed[0].prompt)}: {failed[0].error}"
         if len(failed) == len(played):
             raise RewardError(f"all {len(failed)} episodes of this step failed, so nothing is left to go on; {first}")
         logger.warning(f"{len(failed)} of {len(played)} episodes failed and are left out; {first}")
@@ -157,6 +171,15 @@ async def within(timeout_s: float, awaitable: Awaitable[Any]) -> Any:
         raise
 
 
+def fault_of(check: Callable[[Prompt], None], prompt: Prompt) -> str | None:
+    """What a reward finds wrong with a prompt."""
+    try:
+        check(prompt)
+    except ValueError as error:
+        return f"{prompt_in_words(prompt)}: {error}"
+    return None
+
+
 def in_thread(function: Callable[[Episode], Any], episode: Episode) -> Future[Any]:
     """Run a function in a thread that neither the program's end nor another call ever waits for."""
     future: Future[Any] = Future()
@@ -174,8 +197,8 @@ def in_thread(function: Callable[[Episode], Any], episode: Episode) -> Future[An
     return future
 
 
-def where(episode: Episode) -> str:
-    """An episode in words, with the beginning of its prompt."""
-    text = str(episode.prompt.content)
+def prompt_in_words(prompt: Prompt) -> str:
+    """A prompt's id and the beginning of its text."""
+    text = str(prompt.content)
     excerpt = text if len(text) <= EXCERPT_CHARACTERS else f"{text[:EXCERPT_CHARACTERS]}…"
-    return f"episode {episode.group}/{episode.index} of prompt {episode.prompt.id} ({excerpt!r})"
+    return f"prompt {prompt.id} ({excerpt!r})"

@@ -77,7 +77,8 @@ class Reward(Protocol):
     """A function of a finished episode, sync or async.
 
     A dict is recorded part by part; its `score` is what counts, or the sum of all parts without one.
-    None, a number that is not finite, or an exception marks the episode as failed.
+    None, a number that is not finite, or an exception marks the episode as failed. A reward may have a
+    method `check(prompt)` that raises ValueError for a prompt which it could never judge.
     """
 
     def __call__(self, episode: Episode) -> float | dict[str, float] | Awaitable[float | dict[str, float]]: ...
@@ -85,6 +86,10 @@ class Reward(Protocol):
 
 class Scorer(Protocol):
     """Gives episodes their rewards."""
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises DataError for prompts that can never be judged; called before a model is loaded."""
+        ...
 
     async def score(self, episode: Episode) -> None:
         """Fill in `reward` and `rewards`, or mark the episode as failed and say why in `error`."""
