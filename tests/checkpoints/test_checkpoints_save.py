@@ -248,3 +248,16 @@ def test_prune_does_not_touch_what_has_no_marker(tmp_path):
         write(tmp_path, step, fill_with("x"))
     prune(tmp_path, 1)
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_half_removed_checkpoint_does_not_carry_its_name(tmp_path, monkeypatch):
+    for step in (1, 2):
+        write(tmp_path, step, fill_with("x"))
+
+    def fail(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(save.shutil, "rmtree", fail)
+    with pytest.raises(CheckpointError, match="checkpoint-1 cannot be removed"):
+        prune(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-2"]

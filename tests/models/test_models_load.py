@@ -9,6 +9,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from whet.config.model import AdapterConfig, FreezeConfig, ModelConfig
 from whet.errors import ModelError
@@ -225,6 +227,17 @@ def test_pad_token_is_set_and_is_not_the_end_token(folder, caplog):
     with caplog.at_level(logging.WARNING, logger="whet"):
         assert load_tokenizer(config_of(folder)).pad_token == "<|im_end|>"
     assert "both pad and end token" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "pad"), [(["<|endoftext|>", "<unk>"], "<unk>"), (["<|endoftext|>"], "<|endoftext|>")]
+)
+def test_pad_token_is_the_end_token_only_where_there_is_no_other_and_says_so(folder, caplog, words, pad):
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*words, "a"])}, unk_token=words[-1]))
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>").save_pretrained(folder)
+    with caplog.at_level(logging.WARNING, logger="whet"):
+        assert load_tokenizer(config_of(folder)).pad_token == pad
+    assert ("both pad and end token" in caplog.text) == (pad == "<|endoftext|>")
 
 
 def test_stop_tokens_are_those_of_tokenizer_and_generation_config(folder):
