@@ -38,6 +38,14 @@ The same command again goes on from the newest checkpoint in output_dir.
 """
 
 
+EVAL_HELP = """\
+whet eval CONFIG.yaml [--section.key value …]
+
+Evaluates model.path on data.eval: the losses of sft, or with `method: grpo` the reward of sampled
+completions. Prints one metric per line, then a few completions.
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0, 2 for what a user can mend, 130 after an interrupt."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -158,3 +166,7 @@ COMMANDS = {
     "chat": _chat,
     "demo": _demo,
 }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -68,6 +68,18 @@ def markdown() -> str:
     return "\n".join(parts)
 
 
+def summary() -> str:
+    """Every setting as a flag, with its default and the first sentence about it: what `--help` prints."""
+    lines = []
+    for path, setting in settings().items():
+        if setting.section is None:
+            field = setting.field
+            default = "required" if field.is_required() else show(field.get_default(call_default_factory=True))
+            first, _, _ = _line(field.description or "").partition(". ")
+            lines.append(f"  --{path} ({default})  {first.rstrip('.')}")
+    return "\n".join(lines)
+
+
 def json_schema() -> str:
     """The schema as JSON Schema, for editors."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}
