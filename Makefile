@@ -4,8 +4,9 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .venv-peers
 
-.PHONY: help demo test check setup format docs clean
+.PHONY: help demo test check setup format bench docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -29,13 +30,20 @@ format: $(READY) ## Format the code and fix what the linter can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: $(READY) $(PEERS)/.ready ## Compare with TRL, in an environment of its own, on the same model, rows and steps
+	$(BIN)/python -m benchmarks.run --peer $(PEERS)
+
 docs: $(READY) ## Write the configuration reference anew from the schema
 	$(BIN)/python -m whet.config.reference docs
 
-clean: ## Remove caches and the virtual environment; runs/ stays
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+clean: ## Remove caches and virtual environments; runs/ stays
+	rm -rf .venv $(PEERS) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints-cpu.txt scripts/setup.sh
 	@scripts/setup.sh
+	@touch $@
+
+$(PEERS)/.ready: benchmarks/peer_env.sh constraints-cpu.txt
+	@bash benchmarks/peer_env.sh $(PEERS)
 	@touch $@

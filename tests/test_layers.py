@@ -17,8 +17,8 @@ PACKAGE = ROOT / "src" / "whet"
 ORDER = (
     *("types", "columns", "errors", "tree", "batch", "tensor", "losses", "credit", "methods", "config"),
     *("models", "engines", "data", "rollout", "rewards", "envs", "checkpoints", "backends", "weights", "cluster"),
-    *("check", "view", "log", "schedule", "recipe", "loop", "evaluate", "feeds", "keeper", "compose", "trainer"),
-    *("demo", "cli", "__main__"),
+    *("check", "view", "log", "schedule", "recipe", "loop", "evaluate", "feeds", "keeper", "compose", "answer"),
+    *("chat", "trainer", "demo", "cli", "__main__"),
 )
 
 # These rooms see less than what lies to their left.
