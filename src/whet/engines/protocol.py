@@ -15,9 +15,7 @@ class Engine(Protocol):
     says what it waited for. A failure reaches every caller that waits; none is left hanging.
     """
 
-    async def generate(
-        self, tokens: Sequence[int], sampling: Sampling, *, prefix_key: str | None = None
-    ) -> Completion:
+    async def generate(self, tokens: Sequence[int], sampling: Sampling, *, prefix_key: str | None = None) -> Completion:
         """Sample one completion of `tokens`.
 
         Requests with the same `prefix_key` (a group's id) share their prompt: an engine sends them to the

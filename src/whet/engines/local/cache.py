@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 ROW_BLOCK = 16
-LENGTH_BLOCK = 128
+LENGTH_BLOCK = 256
 """The cache grows by whole blocks, and by half its size at least, so that growing is rare."""
 
 
@@ -30,23 +30,22 @@ class SlotCache:
         self._rows = 0
         self._length = 0
 
+    @torch.inference_mode()
     def reserve(self, rows: int, length: int) -> None:
-        """Make room for `rows` slots of `length` positions. Layers grow when they are next used."""
+        """Make room for `rows` slots of `length` positions."""
         assert rows <= self.max_rows, f"{rows} rows reserved of {self.max_rows}"
+        if rows <= self._rows and length <= self._length:
+            return
         self._rows = _grown(self._rows, rows, ROW_BLOCK, self.max_rows)
         self._length = _grown(self._length, length, LENGTH_BLOCK, self.max_length)
+        for index, (keys, values) in self._layers.items():  # one at a time: only one layer exists twice
+            self._layers[index] = self._enlarged(keys), self._enlarged(values)
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of one layer, in the shape of this call's `key` and `value` [_, Hkv, _, D]."""
-        held = self._layers.get(index)
-        if held is None:
-            held = self._empty(key), self._empty(value)
-        elif held[0].shape[0] < self._rows or held[0].shape[2] < self._length:
-            held = self._enlarged(held[0]), self._enlarged(held[1])
-        else:
-            return held
-        self._layers[index] = held
-        return held
+        """The keys and values of one layer; at first in the shape of this call's `key` and `value` [_, Hkv, _, D]."""
+        if index not in self._layers:
+            self._layers[index] = self._empty(key), self._empty(value)
+        return self._layers[index]
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:

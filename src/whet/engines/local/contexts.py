@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from whet.engines.local.cache import SlotCache
 from whet.errors import EngineError
 from whet.tensor.segments import Segments
 
+CALL_ELEMENTS = 2**18
+"""Numbers of keys that make one attention call on the CPU worth its overhead (then below a tenth of it)."""
 UNSUPPORTED = ("position_bias", "indices", "block_indices", "sinks")
 """What some models hand to their attention beside a window, a soft cap or sinks (`s_aux`), and we cannot do."""
 
@@ -48,13 +51,17 @@ class Prefill:
 class Decode:
     """One new token for each of the first B slots, attending to what its slot holds up to its own position.
 
-    `positions` [B]; `length` is the longest row's number of tokens, the new one included.
+    `positions` [B] are those of the new tokens. The slots must be reserved up to them.
     """
 
-    def __init__(self, cache: SlotCache, positions: Tensor, length: int):
-        self.cache, self.positions, self.length = cache, positions, length
-        self.slots = torch.arange(len(positions), device=positions.device)
+    def __init__(self, cache: SlotCache, positions: np.ndarray, device: torch.device):
+        self.cache = cache
+        self.lengths = positions + 1
+        self.length = int(self.lengths.max())
+        self.positions = torch.from_numpy(positions).to(device)
+        self.slots = torch.arange(len(positions), device=device)
         self._masks: dict[int | None, Tensor] = {}
+        self._blocks: list[tuple[int, int, int]] = []
 
     def attend(
         self,
@@ -73,15 +80,34 @@ class Decode:
         keys[self.slots, :, self.positions] = key[:, :, 0].to(keys.dtype)
         values[self.slots, :, self.positions] = value[:, :, 0].to(values.dtype)
         batch, heads = query.shape[:2]
-        keys, values = keys[:batch, :, : self.length], values[:batch, :, : self.length]
         # Heads that share a key become queries of one head: no key is repeated in memory.
         query = query.to(keys.dtype).reshape(batch, keys.shape[1], -1, query.shape[-1])
         mask = self._mask(sliding_window, keys.dtype)
-        if softcap or s_aux is not None:
-            out = _by_scores(query, keys, values, mask, scaling, softcap, s_aux)
-        else:
-            out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+        outs = []
+        for a, b, length in self._blocks_for(keys):
+            q, k, v, m = query[a:b], keys[a:b, :, :length], values[a:b, :, :length], mask[a:b, ..., :length]
+            if softcap or s_aux is not None:
+                outs.append(_by_scores(q, k, v, m, scaling, softcap, s_aux))
+            else:
+                outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=m, scale=scaling))
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return out.reshape(batch, 1, heads, -1)
+
+    def _blocks_for(self, keys: Tensor) -> list[tuple[int, int, int]]:
+        """Neighbouring rows that attend in one call, and the longest of them: (first row, row behind, length).
+
+        A call reads every row of it up to the longest. On the CPU several calls waste less than one, as long
+        as each has enough to do; elsewhere launching them costs more than it saves.
+        """
+        if not self._blocks:
+            num_rows = len(self.lengths)
+            size = num_rows
+            if keys.device.type == "cpu":
+                size = max(1, CALL_ELEMENTS // (self.length * keys.shape[1] * keys.shape[3]))
+            starts = np.arange(0, num_rows, size)
+            ends, lengths = np.append(starts[1:], num_rows), np.maximum.reduceat(self.lengths, starts)
+            self._blocks = list(zip(starts.tolist(), ends.tolist(), lengths.tolist(), strict=True))
+        return self._blocks
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """[B, 1, 1, length], 0 where a row looks and -inf elsewhere; the same for all layers with this window."""

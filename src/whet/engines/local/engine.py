@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from whet.engines.local.cache import LENGTH_BLOCK
 from whet.engines.local.check import check
 from whet.engines.local.forward import Forward
 from whet.engines.local.request import Request, StopText
@@ -90,9 +91,7 @@ class LocalEngine:
 
     # --- what callers see -----------------------------------------------------------------------------
 
-    async def generate(
-        self, tokens: Sequence[int], sampling: Sampling, *, prefix_key: str | None = None
-    ) -> Completion:
+    async def generate(self, tokens: Sequence[int], sampling: Sampling, *, prefix_key: str | None = None) -> Completion:
         """Sample one completion of `tokens`; see `Engine.generate`."""
         request = self._request(tokens, sampling)
         self._waiting.setdefault(request.tokens, deque()).append(request)
@@ -267,11 +266,13 @@ class LocalEngine:
 
     def _join(self) -> None:
         """Give free rows to waiting requests; compute their prompts, or copy them from a row that holds them."""
+        if not (requests := self._next_requests()):
+            return
+        self._forward.cache.reserve(len(self._rows) + len(requests), max(map(_room, requests)))
         new: dict[tuple[int, ...], _Prompt] = {}
-        for request in self._next_requests():
+        for request in requests:
             request.mark(self.version)
             self._rows.add(request)
-            self._forward.cache.reserve(len(self._rows), len(request.tokens))
             prompt = self._prompts.get(request.tokens)
             if prompt is None:
                 prompt = self._prompts[request.tokens] = new[request.tokens] = _Prompt()
@@ -354,3 +355,8 @@ class LocalEngine:
             del self._prompts[request.tokens]
         if (moved := self._rows.remove(row)) is not None:
             self._forward.cache.copy(moved, row, int(self._rows.position[row]) + 1)
+
+
+def _room(request: Request) -> int:
+    """Positions to reserve for a request that joins: its prompt, and what it will sample or a good part of that."""
+    return len(request.tokens) + min(request.sampling.max_tokens, LENGTH_BLOCK)

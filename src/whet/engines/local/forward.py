@@ -80,7 +80,7 @@ class Forward:
 
     def decode(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
         """One token [B] at its position [B] for each of the first B slots -> hidden states [B, H]."""
-        context = Decode(self.cache, self._tensor(positions), int(positions.max()) + 1)
+        context = Decode(self.cache, positions, self.device)
         return self._decoder(tokens[:, None], positions[:, None], context)[:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:

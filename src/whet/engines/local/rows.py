@@ -70,9 +70,7 @@ class Rows:
         uniform = uniforms(self.key[rows], self.count[rows])
         return Draws(self.temperature[rows], self.top_p[rows], self.top_k[rows], uniform)
 
-    def record(
-        self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray
-    ) -> list[tuple[Request, FinishReason]]:
+    def record(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> list[tuple[Request, FinishReason]]:
         """Append one token to each of these rows. Returns the requests that end with it, and why."""
         self.token[rows] = tokens
         self.position[rows] += 1
