@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import logging
 import ssl
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,8 +21,6 @@ from transformers.models.auto.modeling_auto import (
 
 from whet.config.model import ModelConfig
 from whet.errors import ModelError
-
-logger = logging.getLogger(__name__)
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -46,7 +44,9 @@ def locate(cfg: ModelConfig) -> dict[str, Any]:
     try:
         validate_repo_id(cfg.path)
     except HFValidationError:
-        raise ModelError(f"model.path is {cfg.path!r}, but there is no folder {folder.absolute()}") from None
+        raise ModelError(
+            f"model.path is {cfg.path!r}, but there is no folder {folder.absolute()}; correct the path"
+        ) from None
     offline = constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT)
     if offline and not isinstance(try_to_load_from_cache(cfg.path, "config.json", revision=cfg.revision), str):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
@@ -63,6 +63,7 @@ def locate(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _reachable(endpoint: str) -> bool:
     """One question to the hub. transformers would ask five times for every file, for half a minute."""
     try:
@@ -169,9 +170,11 @@ def check_tokenizer_files(cfg: ModelConfig) -> None:
 def translate(cfg: ModelConfig, what: str, error: Exception) -> NoReturn:
     """Raises ModelError with what transformers said, and what to do about it."""
     said = " ".join(str(error).split())
-    said = said if len(said) < 400 else said[:400] + " …"
-    remedy = "set model.trust_remote_code: true if you trust it" if "trust_remote_code" in said else "see above"
-    remedy = "check model.path and model.revision, or copy the model again" if remedy == "see above" else remedy
+    if "trust_remote_code" in said:
+        remedy = "set model.trust_remote_code: true if you trust the code that comes with it"
+    else:
+        remedy = "check model.path and model.revision, or copy the model again"
+    said = said if len(said) < 400 else f"{said[:400]} …"
     raise ModelError(f"model.path is {cfg.path!r}, but {what}: {said}; {remedy}") from error
 
 
