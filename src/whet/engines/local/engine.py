@@ -113,6 +113,10 @@ class LocalEngine:
         """
         self.version = snapshot
         self._prompts.clear()
+        for request in [self._rows.requests[row] for row in self._rows.fresh()]:
+            self._free(request.row)  # took over a row whose prompt is now out of date
+            request.marks.clear()
+            self._waiting.setdefault(request.tokens, deque()).appendleft(request)
         for request in self._rows.requests:
             request.mark(self.version)
 
@@ -335,24 +339,26 @@ class LocalEngine:
         request.finish(reason)
 
     def _leave(self, request: Request) -> None:
-        """Free a request's row: for a request that waits with the same prompt, or by moving the last row there."""
-        row, prompt = request.row, self._prompts.get(request.tokens)
-        if prompt is not None and request not in prompt.holders:
-            prompt = None  # of an earlier version of the weights
-        queue = self._waiting.get(request.tokens)
-        if prompt is not None:
+        """Give a request's row to one that waits with the same prompt, or free it."""
+        row, prompt, queue = request.row, self._prompts.get(request.tokens), self._waiting.get(request.tokens)
+        # A row filled before the weights changed holds nothing that can be passed on.
+        if prompt is not None and request in prompt.holders:
             prompt.holders.remove(request)
-        if prompt is not None and queue and not self._paused:
-            heir = queue.popleft()
-            if not queue:
-                del self._waiting[request.tokens]
-            heir.mark(self.version)
-            self._rows.hand_over(row, heir)
-            prompt.holders.append(heir)
-            self._stats.prefill_tokens_saved += len(heir.tokens)
-            return
-        if prompt is not None and not prompt.holders:
-            del self._prompts[request.tokens]
+            if queue:
+                heir = queue.popleft()
+                if not queue:
+                    del self._waiting[request.tokens]
+                heir.mark(self.version)
+                prompt.holders.append(heir)
+                self._rows.hand_over(row, heir)
+                self._stats.prefill_tokens_saved += len(heir.tokens)
+                return
+            if not prompt.holders:
+                del self._prompts[request.tokens]
+        self._free(row)
+
+    def _free(self, row: int) -> None:
+        """Empty a row, and move the last one there."""
         if (moved := self._rows.remove(row)) is not None:
             self._forward.cache.copy(moved, row, int(self._rows.position[row]) + 1)
 

@@ -54,5 +54,5 @@ class Request:
 
     def _spans(self) -> tuple[VersionSpan, ...]:
         ends = [start for _, start in self.marks[1:]] + [len(self.output)]
-        spans = (VersionSpan(version, start, end) for (version, start), end in zip(self.marks, ends, strict=True))
+        spans = (VersionSpan(version, start, end) for (version, start), end in zip(self.marks, ends, strict=False))
         return tuple(span for span in spans if span.end > span.start)
