@@ -61,7 +61,7 @@ class LocalBackend:
         self.optimizer = None
         if optim is not None:
             if config.activation_checkpointing:
-                base(model).gradient_checkpointing_enable({"use_reentrant": False})
+                _checkpoint_activations(base(model))
             self.optimizer = adamw(model, optim)
         scales = arithmetic.autocast == torch.float16
         self.scaler = torch.amp.GradScaler(arithmetic.device.type, enabled=scales)
@@ -172,6 +172,12 @@ class LocalBackend:
 
     def _micro_batches(self, batch: Batch) -> list[list[int]]:
         return batch.micro_batches(self.config.max_tokens_per_device, self.config.micro_batch_size)
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    # The newer name where there is one: the older then warns.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 class _Totals:
