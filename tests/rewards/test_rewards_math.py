@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -99,6 +100,16 @@ async def test_a_worker_that_dies_is_replaced():
     pool._workers[0]._process.kill()
     pool._workers[0]._process.wait()
     assert await pool.equal("16", "2^{4}", ordered=True, timeout_s=5.0)
+    pool.close()
+
+
+async def test_an_interrupt_of_the_run_does_not_end_a_worker():
+    pool = MathPool(1)
+    assert await pool.equal("8", "2^{3}", ordered=True, timeout_s=5.0)
+    process = pool._workers[0]._process
+    process.send_signal(signal.SIGINT)
+    assert await pool.equal("16", "2^{4}", ordered=True, timeout_s=5.0)
+    assert pool._workers[0]._process is process
     pool.close()
 
 

@@ -41,7 +41,7 @@ class MathReward:
         """1.0 or 0.0. Raises ValueError for a label without an answer, RewardError if no worker starts."""
         expected = label_text(label)
         answer = self.answer(response)
-        if answer is None or not answer:
+        if not answer:
             return 0.0
         if answer == expected:
             return 1.0
