@@ -44,12 +44,11 @@ class Forward:
         return nullcontext() if self.mode == "rows" else attention(base(self.model))
 
     def __call__(self, batch: Batch, outputs: Set[str]) -> dict[str, Tensor]:
-        """`outputs` for this micro-batch, [T] each, 0 where no token is trained."""
+        """`outputs` for this micro-batch, [T] each, 0 where no token is trained; without gradient if none is."""
         assert outputs <= EXTRAS | {"logprobs"}, f"a language model has no outputs {sorted(outputs)}"
         trained = batch.loss_mask.nonzero()[:, 0]
-        if not len(trained):  # the graph stays connected, so that every micro-batch can run backward
-            zeros = head(self.model).weight.sum() * 0 + torch.zeros(batch.num_tokens, device=batch.tokens.device)
-            return dict.fromkeys(outputs, zeros)
+        if not len(trained):
+            return dict.fromkeys(outputs, torch.zeros(batch.num_tokens, device=batch.tokens.device))
         hidden, looks = (self._rows if self.mode == "rows" else self._stream)(batch, trained)
         values = token_logprobs(
             hidden[looks.predictors],

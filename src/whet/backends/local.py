@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
@@ -99,7 +100,8 @@ class LocalBackend:
                     with self.arithmetic.context():
                         out = self.compute(micro, outputs)
                     loss = totals.add(out, micro, terms)
-                    self.scaler.scale(loss).backward()
+                    if loss.requires_grad:  # else no token of this micro-batch is trained
+                        self.scaler.scale(loss).backward()
                 except torch.OutOfMemoryError as error:
                     remedies = {"max_tokens": self.config.max_tokens_per_device, "chunk_mb": self.config.head_chunk_mb}
                     raise TrainingError(OUT_OF_MEMORY.format(**remedies)) from error
@@ -108,8 +110,10 @@ class LocalBackend:
     def optim_step(self, lr: float) -> dict[str, float]:
         """Clip the gradient, step, clear; returns `grad_norm` before clipping."""
         assert self.optimizer is not None and self.optim is not None, "this backend has no optimizer"
-        self.scaler.unscale_(self.optimizer)
         trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if all(p.grad is None for p in trainable):  # no token of the batch was trained
+            return {"grad_norm": 0.0}
+        self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(trainable, self.optim.max_grad_norm or float("inf"))
         if not self.scaler.is_enabled() and not torch.isfinite(norm):
             raise TrainingError(
@@ -215,14 +219,15 @@ class _Totals:
         """Everything as numbers. Raises TrainingError when a loss is not finite, naming the units."""
         numbers = torch.stack([value.double() for value in self.sums.values()]).tolist()
         result = dict(zip(self.sums, numbers, strict=True))
-        if not torch.isfinite(torch.tensor(result["loss"])):
+        if not math.isfinite(result["loss"]):
             bad = [name for units, loss in self.losses if not torch.isfinite(loss) for name in units]
             names = ", ".join(bad[:8]) + (" …" if len(bad) > 8 else "")
             raise TrainingError(
                 f"the loss is {result['loss']} in the micro-batch of {names}; "
                 "nothing was updated. Look at these rows, lower optim.lr, or use float32 arithmetic (backend.precision)"
             )
-        return result
+        # A maximum over no token at all is -inf; like the means of nothing it becomes 0.
+        return {name: 0.0 if number == -math.inf else number for name, number in result.items()}
 
 
 class WithoutAdapter:

@@ -41,6 +41,9 @@ class Segments:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, **options
     ) -> Tensor:
         """query [1, H, P, D], key and value [1, Hkv, P, D] -> [1, P, H, D] (see AttentionContext)."""
+        if torch.is_autocast_enabled(query.device.type):  # norms and rotations leave them in different types
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         window = options.get("sliding_window")
         if (window and window < self.max_length) or options.get("softcap") or options.get("s_aux") is not None:
             return _attend_by_scores(self._gather, query, key, value, scaling, **options)
