@@ -89,6 +89,37 @@ FORCED_THOUGHT = """\
     {{- '<|assistant|><think>\\n' }}
 {%- endif %}"""
 
+# As later Qwen models do: the prompt opens a thought, and every turn is rendered with one.
+OPEN_THOUGHT = """\
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {%- set parts = message.content.split('</think>') %}
+        {%- set thought = parts[0].split('<think>')[-1].strip() if parts | length > 1 else '' %}
+        {{- '<|im_start|>assistant\\n<think>\\n' + thought }}
+        {{- '\\n</think>\\n\\n' + parts[-1].strip() + '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n<think>\\n' }}
+{%- endif %}"""
+
+# As Phi-3 does: a second token behind the last turn of a conversation.
+CLOSED = """\
+{%- for message in messages %}
+    {{- '<|' + message.role + '|>\\n' + message.content + '<|eot_id|>\\n' }}
+{%- endfor %}
+{{- '<|assistant|>\\n' if add_generation_prompt else eos_token }}"""
+
+# As GLM does: a turn ends where the next one begins.
+FLOOR = """\
+{%- for message in messages %}
+    {{- '<|' + ('observation' if message.role == 'tool' else message.role) + '|>\\n' + message.content }}
+    {%- for call in message.tool_calls or [] %}{{- '<tool_call>' + call.function.name + '</tool_call>' }}{%- endfor %}
+{%- endfor %}
+{{- '<|assistant|>\\n' if add_generation_prompt }}"""
+
 TEMPLATES = {
     "llama3": LLAMA3,
     "default_system": DEFAULT_SYSTEM,
@@ -96,8 +127,11 @@ TEMPLATES = {
     "inst": INST,
     "no_prompt": NO_PROMPT,
     "forced_thought": FORCED_THOUGHT,
+    "open_thought": OPEN_THOUGHT,
+    "closed": CLOSED,
+    "floor": FLOOR,
 }
-SPECIALS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SPECIALS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from whet.data.encode import Encoder, digest_tokenizer
+from whet.data.pieces import Piece, Rendered
 from whet.data.problems import Malformed
-from whet.data.template import Piece, Rendered
 from whet.errors import ModelError
 from whet.models.tiny import make_tokenizer
 

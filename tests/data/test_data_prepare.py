@@ -288,6 +288,11 @@ def test_the_share_of_rows_that_train_a_stop_token(
     assert prepared.share_training_one_of([tokenizer.eos_token_id]) == 0.5
     assert prepared.share_training_one_of([tokenizer.eos_token_id, ord("r")]) == 1
     assert prepared.share_training_one_of([ord("p")]) == 0
+    whole = prepare(settings(), write_rows(*({"prompt": "p", "response": f"{i}"} for i in range(40))), tokenizer)
+    train, held = whole.hold_out(0.5, seed=0)
+    ones = sum("1" in str(i) for i in range(40))
+    share = [part.share_training_one_of([ord("1")]) * len(part) for part in (train, held)]
+    assert sum(share) == pytest.approx(ones) and 0 < share[0] < ones
 
 
 def test_a_template_of_the_configuration_must_hold_its_place():

@@ -106,6 +106,43 @@ def test_a_template_that_strips_thoughts_gives_each_turn_the_history_it_was_gene
         assert sequence.mask.tolist().index(True) == len(prompt)
 
 
+def test_a_thought_that_the_prompt_opens_is_trained_from_there(make_chat: Callable[..., PreTrainedTokenizerFast]):
+    tokenizer = make_chat("open_thought")
+    (sequence,) = encode(tokenizer, Conversation(chat("a", "<think>hm</think>eins", "b", "zwei")))
+    assert trained(tokenizer, sequence) == ["hm\n</think>\n\neins<|im_end|>", "\n</think>\n\nzwei<|im_end|>"]
+
+
+def test_a_token_that_closes_the_conversation_is_not_part_of_a_turn(make_chat: Callable[..., PreTrainedTokenizerFast]):
+    tokenizer = make_chat("closed")
+    messages = chat("a", "eins", "b", "zwei")
+    (sequence,) = encode(tokenizer, Conversation(messages))
+    assert trained(tokenizer, sequence) == ["eins<|eot_id|>", "zwei<|eot_id|>"]
+    assert [*sequence.tokens, tokenizer.eos_token_id] == tokenizer.apply_chat_template(messages)["input_ids"]
+
+
+def test_a_turn_without_an_end_of_its_own_ends_by_giving_the_floor(make_chat: Callable[..., PreTrainedTokenizerFast]):
+    tokenizer = make_chat("floor")
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    messages = [
+        *chat("a"),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        *chat("eins", "b", "zwei", first="assistant"),
+    ]
+    (sequence,) = encode(tokenizer, Conversation(messages))
+    assert trained(tokenizer, sequence) == ["<tool_call>add</tool_call><|observation|>", "eins<|user|>", "zwei<|user|>"]
+    full = tokenizer.apply_chat_template(messages)["input_ids"]
+    assert sequence.tokens.tolist() == [*full, tokenizer.convert_tokens_to_ids("<|user|>")]
+
+
+def test_an_end_of_turn_that_is_not_marked_special_is_one(make_chat: Callable[..., PreTrainedTokenizerFast]):
+    tokenizer = make_chat()
+    tokenizer.add_tokens(["[END]"])
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "[END]")
+    (sequence,) = encode(tokenizer, Conversation(chat("a", "eins")))
+    assert trained(tokenizer, sequence) == ["eins[END]"]
+
+
 def test_only_turns_after_the_prompt_are_trained(tokenizer: PreTrainedTokenizerFast):
     (sequence,) = encode(tokenizer, Conversation(chat("a", "eins", "b", "zwei"), trained_from=3), system="be kind")
     assert trained(tokenizer, sequence) == ["zwei<|im_end|>"]

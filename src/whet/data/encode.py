@@ -12,8 +12,8 @@ from itertools import chain, islice
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from whet.data.pieces import Rendered
 from whet.data.problems import Malformed
-from whet.data.template import Rendered
 from whet.errors import ModelError
 
 

@@ -7,9 +7,9 @@ from itertools import islice
 from typing import TypeVar
 
 from whet.data.encode import Encoded, Encoder
+from whet.data.pieces import Rendered
 from whet.data.problems import Malformed, Problems
 from whet.data.shapes import Placed
-from whet.data.template import Rendered
 
 Item = TypeVar("Item")
 Progress = Callable[[int], None]
