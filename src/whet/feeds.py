@@ -77,6 +77,9 @@ class PromptFeed:
         self.scorer = build_scorer(config.reward)
         self.env = build_env(config.env)
         self.train, self.eval = _read(config, tokenizer, prepare_prompts)
+        for part in (self.train, self.eval):
+            if part is not None:
+                self.scorer.check(part)
         self.transcripts: tuple[Episode, ...] = ()
         """A few episodes of the last evaluation."""
 

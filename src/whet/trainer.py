@@ -71,8 +71,9 @@ class TrainingConfig(BaseModel):
     lora_dropout: float = 0.1
     lora_target_modules: str | list[str] = ["q_proj", "v_proj"]
 
-    def model_post_init(self, context: Any) -> None:
-        self.run_config()
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.run_config()  # says at once what is wrong
 
     def run_config(self) -> RunConfig:
         """The same settings as the rest of whet knows them."""
