@@ -56,6 +56,7 @@ def test_a_flag_alone_means_true_for_a_switch_only():
     config = sft("--backend.activation_checkpointing", "--data.shuffle", "false")
     assert (config.backend.activation_checkpointing, config.data.shuffle) == (True, False)
     assert "--optim.lr needs a value" in error_of("sft", None, *BASE, "--optim.lr")
+    assert "--actor-num-nodes needs a value" in error_of("sft", None, *BASE, "--actor-num-nodes")
     assert "--data.eval needs a value" in error_of("sft", None, *BASE, "--data.eval", "--optim.lr", "1")
 
 
@@ -65,9 +66,8 @@ def test_there_is_no_negated_flag_and_the_error_says_what_to_write():
 
 
 def test_a_negative_number_is_a_value():
-    assert "optim.lr must be greater than 0, got -1 (from --optim.lr)" == error_of(
-        "sft", None, *BASE, "--optim.lr", "-1"
-    )
+    error = error_of("sft", None, *BASE, "--optim.lr", "-1")
+    assert error == "optim.lr must be greater than 0, got -1 (from --optim.lr)"
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,7 @@ def test_a_negative_number_is_a_value():
         ("data.prompt_template", "[INST] {prompt} [/INST]", "[INST] {prompt} [/INST]"),
         ("data.prompt_template", '"{prompt}\\n"', "{prompt}\n"),
         ("data.system", "# Be brief # really", "# Be brief # really"),
+        ("data.system", "Be brief # really", "Be brief # really"),
         ("data.system", "", ""),
         ("data.system", "null", None),
         ("data.train", "rows.jsonl@[0:1000]", "rows.jsonl@[0:1000]"),
@@ -99,6 +100,11 @@ def test_text_of_a_flag_is_yaml_only_where_the_setting_takes_that(flag: str, tex
     for part in flag.split("."):
         node = getattr(node, part)
     assert node == value and type(node) is type(value)
+
+
+def test_text_of_an_option_is_yaml_where_it_was_meant_so():
+    flags = ("--loss.a", "x: y # z", "--loss.b", "{x: 1}", "--loss.c", "[1]", "--loss.d", "'1'", "--loss.e", "1.5")
+    assert sft(*flags).loss == {"a": "x: y # z", "b": {"x": 1}, "c": [1], "d": "1", "e": 1.5}
 
 
 def test_lists_and_single_list_items_are_set_by_flags():
@@ -306,6 +312,13 @@ def test_a_loaded_configuration_cannot_be_changed():
         loaded.config = None  # type: ignore[misc]
     with pytest.raises(TypeError):
         loaded.sources["optim.lr"] = "here"  # type: ignore[index]
+
+
+def test_a_configuration_does_not_share_what_was_passed_in():
+    names = ["a"]
+    config = from_values({"model": "tiny", "data.train": "a", "loss": {"names": names}}).config
+    names.append("b")
+    assert config.loss == {"names": ["a"]}
 
 
 def test_what_was_passed_in_is_left_as_it_was():

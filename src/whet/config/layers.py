@@ -69,9 +69,9 @@ def combine(layers: Sequence[Sequence[Written]]) -> Combined:
                     values.append(value)
         result.problems += _clashes(values)
         strong.append(values)
-    given = {value.path for values in strong for value in values}
-    for value in [value for value in weak if value.path not in given] + [value for layer in strong for value in layer]:
-        _put(value, result)
+    for values in [weak, *strong]:
+        for value in values:
+            _put(value, result)
     return result
 
 

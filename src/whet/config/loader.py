@@ -80,8 +80,8 @@ def _is_switch(path: Path) -> bool:
         return setting.section is None and takes_bool(setting.field.annotation)
     if is_open(path):
         return True
-    alias = alias_of(path)
-    return alias is None or alias.switch or takes_bool(_flag_type(path))
+    alias, kind = alias_of(path), _flag_type(path)
+    return alias is None or alias.switch or (kind is not Any and takes_bool(kind))
 
 
 def _build(method: str | None, layers: Sequence[Sequence[Written]], problems: Sequence[str]) -> Loaded:

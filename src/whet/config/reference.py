@@ -52,8 +52,8 @@ optim: {lr: 1e-5, schedule: cosine}
 ALIAS_INTRODUCTION = """\
 ## Names from other tools
 
-These names are understood as flags, at the top of the file, and inside the section that holds all that they set. A name that has no effect here is accepted with a note; one that is refused stops the run and
-says why.
+These names are understood as flags, at the top of the file, and inside the section that holds all that they set.
+A name that has no effect here is accepted with a note; one that is refused stops the run and says why.
 """
 
 
