@@ -129,6 +129,14 @@ def test_a_scaling_of_the_models_own():
     agree(laid, inputs(laid), scaling=0.7)
 
 
+@pytest.mark.parametrize("width", [3, 12])
+def test_values_narrower_or_wider_than_keys(width: int):
+    laid = random_tree(5)
+    query, key, _ = inputs(laid, dim=8)
+    value = torch.randn(1, 2, laid.num_tokens, width, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    agree(laid, [query, key, value])
+
+
 LAYOUTS = {
     "a single token": [np.array([5])],
     "one row": family(20, 10),

@@ -30,6 +30,6 @@ def learning_rate(config: OptimConfig, step: int, total: int) -> float:
     warmup = config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * total)
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
     shape = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape[config.schedule])

@@ -44,14 +44,19 @@ class Segments:
         if torch.is_autocast_enabled(query.device.type):  # norms and rotations leave them in different types
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        window = options.get("sliding_window")
-        if (window and window < self.max_length) or options.get("softcap") or options.get("s_aux") is not None:
+        window, width = options.get("sliding_window"), value.shape[-1]
+        special = (window and window < self.max_length) or options.get("softcap") or options.get("s_aux") is not None
+        if special or width > query.shape[-1]:
             return _attend_by_scores(self._gather, query, key, value, scaling, **options)
+        if width < query.shape[-1]:  # flash attention wants heads of one size
+            value = F.pad(value, (0, query.shape[-1] - width))
         if query.device.type == "cpu":
-            return _FlashOverTree.apply(query, key, value, self._calls, scaling)
-        if query.dtype in (torch.float16, torch.bfloat16):
-            return _attend_varlen(self._gather, query, key, value, scaling)
-        return _attend_by_scores(self._gather, query, key, value, scaling)
+            out = _FlashOverTree.apply(query, key, value, self._calls, scaling)
+        elif query.dtype in (torch.float16, torch.bfloat16):
+            out = _attend_varlen(self._gather, query, key, value, scaling)
+        else:
+            out = _attend_by_scores(self._gather, query, key, value, scaling)
+        return out[..., :width]
 
     @cached_property
     def _calls(self) -> _Calls:
