@@ -31,27 +31,27 @@ def lines_of(axes):
 
 def test_a_panel_holds_its_metrics_without_the_points_that_are_not_finite(tmp_path, drawn):
     records = [
-        {"step": 1, "train/loss": 3.0},
-        {"step": 2, "train/loss": None},
-        {"step": 3, "train/loss": 1.0},
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": None},
+        {"step": 3, "loss": 1.0},
         {"step": 3, "eval/loss": 2.0},
     ]
     out = draw_curves(write(tmp_path / "a/metrics.jsonl", records), tmp_path / "pictures/curves.png")
     assert out.read_bytes().startswith(b"\x89PNG")
     (axes,) = drawn[0].axes
     assert axes.get_title(loc="left") == "Loss"
-    assert lines_of(axes) == [("train/loss", [1, 3], [3.0, 1.0]), ("eval/loss", [3], [2.0])]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["train/loss", "eval/loss"]
+    assert lines_of(axes) == [("loss", [1, 3], [3.0, 1.0]), ("eval/loss", [3], [2.0])]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["loss", "eval/loss"]
 
 
 def test_several_runs_share_a_panel_unless_it_names_one(tmp_path, drawn):
     files = [
-        write(tmp_path / "sft/metrics.jsonl", [{"step": 1, "train/loss": 3.0}, {"step": 2, "train/loss": 2.0}]),
-        write(tmp_path / "grpo/metrics.jsonl", [{"step": 1, "train/loss": 0.0, "rollout/reward": 0.5}]),
+        write(tmp_path / "sft/metrics.jsonl", [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]),
+        write(tmp_path / "grpo/metrics.jsonl", [{"step": 1, "loss": 0.0, "rollout/reward": 0.5}]),
     ]
     panels = [
-        Panel("Both", ("train/loss",)),
-        Panel("One", ("train/loss",), run="sft"),
+        Panel("Both", ("loss",)),
+        Panel("One", ("loss",), run="sft"),
         Panel("Reward", ("rollout/reward",), percent=True),
         Panel("Nothing", ("train/kl",)),
     ]
@@ -64,7 +64,7 @@ def test_several_runs_share_a_panel_unless_it_names_one(tmp_path, drawn):
 
 
 def test_many_points_get_a_running_mean_on_top(tmp_path, drawn):
-    records = [{"step": i, "train/loss": float(i % 2)} for i in range(60)]
+    records = [{"step": i, "loss": float(i % 2)} for i in range(60)]
     draw_curves(write(tmp_path / "a/metrics.jsonl", records), tmp_path / "curves.png")
     (_, _, raw), (_, _, smooth) = lines_of(drawn[0].axes[0])
     assert max(raw) - min(raw) == 1

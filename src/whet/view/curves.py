@@ -54,12 +54,12 @@ class Panel:
 
 
 PANELS = (
-    Panel("Loss", ("train/loss", "eval/loss")),
+    Panel("Loss", ("loss", "eval/loss"), y_label="nats per token"),
+    Panel("Token accuracy", ("mean_token_accuracy", "eval/mean_token_accuracy"), percent=True),
     Panel("Reward", ("rollout/reward", "eval/reward")),
-    Panel("Token accuracy", ("train/mean_token_accuracy", "eval/mean_token_accuracy"), percent=True),
-    Panel("Completion length", ("rollout/length_mean",), y_label="tokens"),
-    Panel("Entropy", ("train/entropy",), y_label="nats per token"),
-    Panel("Gradient norm", ("train/grad_norm",)),
+    Panel("Response length", ("rollout/response_length_mean", "eval/response_length_mean"), y_label="tokens"),
+    Panel("Entropy", ("entropy", "train/entropy"), y_label="nats per token"),
+    Panel("Gradient norm", ("grad_norm", "train/grad_norm")),
 )
 
 
