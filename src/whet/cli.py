@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from whet import __version__
 from whet.errors import WhetError
@@ -96,16 +98,30 @@ def _train(method: str, arguments: list[str]) -> int:
     from whet.compose import compose
 
     run = compose(config)
-
-    async def train() -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            # The first asks for an orderly end; a second one ends at once, as without us.
-            loop.add_signal_handler(number, lambda n=number: (run.loop.request_stop(), loop.remove_signal_handler(n)))
-        await run.train()
-
-    asyncio.run(train())
+    with _orderly_end(run.loop.request_stop):
+        asyncio.run(run.train())
     return 0 if run.loop.finished else 130
+
+
+@contextmanager
+def _orderly_end(request_stop: Callable[[], None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks for an orderly end; a second one ends at once, as without us.
+
+    Not by the event loop's own handlers: they would wait while a step computes, and a run over rows is one
+    computation after the other.
+    """
+
+    def ask(number: int, frame: object) -> None:
+        signal.signal(number, before[number])
+        os.write(2, b"stopping after this step; once more stops at once\n")
+        request_stop()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _eval(arguments: list[str]) -> int:

@@ -106,9 +106,11 @@ class Loop:
         return self.progress
 
     def _saves_now(self, improved: bool) -> bool:
-        ended = self.progress.stopped_early or self._stop_requested
+        if self._stop_requested and not self.finished:
+            return True  # or what was trained since the last checkpoint would be lost
         best = improved and self.config.checkpoint.best
-        return self.schedule.saves_after(self.progress.step) or best or (ended and self.schedule.saves)
+        early = self.progress.stopped_early and self.schedule.saves
+        return self.schedule.saves_after(self.progress.step) or best or early
 
     async def train_step(self) -> dict[str, float]:
         """One turn of the loop; returns what was measured."""
