@@ -9,7 +9,7 @@ import pytest
 
 from whet.config.aliases import ALIASES, PREFIXES
 from whet.config.names import settings
-from whet.config.reference import json_schema, markdown, write
+from whet.config.reference import json_schema, markdown, summary, write
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,3 +45,10 @@ def test_the_files_are_written_where_asked(tmp_path: Path):
     assert schema["required"] == ["model"]
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["OptimConfig"]["properties"]["lr"]["description"] == "Peak learning rate."
+
+
+def test_the_summary_names_every_setting_once_with_its_default():
+    lines = summary().splitlines()
+    assert len(lines) == sum(setting.section is None for setting in settings().values())
+    assert "  --optim.lr (2e-05)  Peak learning rate" in lines
+    assert any(line.startswith("  --model.path (required)  ") for line in lines)

@@ -30,9 +30,9 @@ BROKEN = {
     "no reward": (GRPO, {"reward": None}, "reward is missing", "grpo needs one"),
     "an empty list of rewards": (GRPO, {"reward": []}, "reward is missing", "grpo needs one"),
     "an empty list of terms": (SFT, {"terms": []}, "terms is an empty list", "name a term"),
-    "a reward for sft": (SFT, {"reward": "math"}, "reward is given", "run grpo"),
-    "sampling for sft": (SFT, {"rollout.group_size": 4}, "rollout is given", "run grpo"),
-    "a penalty for sft": (SFT, {"kl.coef": 0.1}, "kl is given", "run grpo"),
+    "a reward for sft": (SFT, {"reward": "math"}, "reward is given", "set method to grpo"),
+    "sampling for sft": (SFT, {"rollout.group_size": 4}, "rollout is given", "set method to grpo"),
+    "a penalty for sft": (SFT, {"kl.coef": 0.1}, "kl is given", "set method to grpo"),
     "a limit of prompts for sft": (
         SFT,
         {"data.max_prompt_length": 9},
@@ -162,6 +162,13 @@ FINE = {
 def test_what_goes_together_passes(base: dict, changes: dict):
     values = {name: value for name, value in {**base, **changes}.items() if value is not None}
     assert from_values(values).config.method == base["method"]
+
+
+def test_what_does_not_train_needs_nothing_to_train_on():
+    values = {"model": "tiny", "data.eval": "held_out.jsonl"}
+    assert from_values(values, trains=False).config.data.train is None
+    with pytest.raises(ConfigError, match=r"^reward is missing"):
+        from_values(values, method="grpo", trains=False)
 
 
 def test_rules_are_applied_to_what_is_right_beside_what_is_wrong():

@@ -30,13 +30,13 @@ class Loaded:
     """Names that were accepted although they have no effect here, each with the reason."""
 
 
-def load(method: str | None, path: str | None, overrides: Sequence[str]) -> Loaded:
+def load(method: str | None, path: str | None, overrides: Sequence[str], *, trains: bool = True) -> Loaded:
     """Read a YAML file, put flags on top, and check everything.
 
     `method` is what the command says (None: the file says it, or sft). `overrides` are flags:
     `--section.key value`, `--section.key=value`, `--section.key` alone for true; false is written out.
     Within one layer a setting may be given only once, under one name. A text in place of a section
-    stands for its `use` or `path`, as in `--reward math`.
+    stands for its `use` or `path`, as in `--reward math`. Without `trains`, data to train on may be missing.
     Raises ConfigError that tells all violations at once, each with its source.
     """
     layers: list[Sequence[Written]] = []
@@ -47,16 +47,18 @@ def load(method: str | None, path: str | None, overrides: Sequence[str]) -> Load
         problems += wrong
     flags, wrong = read_flags(overrides, _flag_type, _is_switch)
     layers.append(flags)
-    return _build(method, layers, problems + wrong)
+    return _build(method, layers, problems + wrong, trains)
 
 
-def from_values(values: Mapping[str, Any], *, method: str | None = None, where: str = "the call") -> Loaded:
+def from_values(
+    values: Mapping[str, Any], *, method: str | None = None, where: str = "the call", trains: bool = True
+) -> Loaded:
     """The same from Python: a mapping of settings, nested or dotted, under any accepted names.
 
     `where` stands for the source in messages, as in `TrainingConfig`.
     Raises ConfigError that tells all violations at once.
     """
-    return _build(method, [list(settings_in(dict(values), Origin(where)))], [])
+    return _build(method, [list(settings_in(dict(values), Origin(where)))], [], trains)
 
 
 def dump(config: RunConfig) -> str:
@@ -84,13 +86,13 @@ def _is_switch(path: Path) -> bool:
     return alias is None or alias.switch or (kind is not Any and takes_bool(kind))
 
 
-def _build(method: str | None, layers: Sequence[Sequence[Written]], problems: Sequence[str]) -> Loaded:
+def _build(method: str | None, layers: Sequence[Sequence[Written]], problems: Sequence[str], trains: bool) -> Loaded:
     combined = combine(layers)
     combined.problems[:0] = problems
     if method is not None:
         _set_method(method, combined)
     combined.values.setdefault("model", {})  # so that what is missing is the path, not the section
-    config = _checked(combined)
+    config = _checked(combined, trains)
     refuse(combined.problems)
     assert config is not None, "a failed validation has problems"
     notes = tuple(
@@ -113,7 +115,7 @@ def _set_method(method: str, combined: Combined) -> None:
     combined.sources.setdefault(("method",), "the command")
 
 
-def _checked(combined: Combined) -> RunConfig | None:
+def _checked(combined: Combined, trains: bool) -> RunConfig | None:
     """Validate the tree and apply the rules; what is wrong is added to `combined.problems`.
 
     Where some values are wrong, the rules are applied to the rest, so that all is told at once.
@@ -128,7 +130,11 @@ def _checked(combined: Combined) -> RunConfig | None:
     rest = config if config is not None else _rest(combined.values, wrong)
     if rest is None:
         return None
-    untold = [problem for problem in violations(rest) if not any(_touch(problem.path, one.path) for one in wrong)]
+    untold = [
+        problem
+        for problem in violations(rest, trains=trains)
+        if not any(_touch(problem.path, one.path) for one in wrong)
+    ]
     combined.problems += [_with_source(problem, combined) for problem in untold]
     for foreign in combined.foreign:
         if foreign.alias.check is not None and (against := foreign.alias.check(rest, foreign.value)):

@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -59,8 +59,9 @@ def _working_directory_importable() -> Iterator[None]:
     try:
         yield
     finally:
-        # The imported module may have changed the path itself, so only our own entry is taken off.
-        sys.path.remove(here)
+        # The imported module may have changed the path itself: only our own entry is taken off, if it is there.
+        with suppress(ValueError):
+            sys.path.remove(here)
 
 
 def _import(module: str, *, what: str, where: str) -> object | None:

@@ -20,9 +20,13 @@ LESS_IS_BETTER = ("loss", "perplexity")
 MORE_IS_BETTER = ("accuracy", "accuracies", "reward", "score", "margin", "pass@")
 
 
-def violations(config: RunConfig) -> list[Problem]:
-    """Everything in a configuration that does not go together, in the order of the rules."""
-    return [problem for rule in RULES for problem in rule(config)]
+def violations(config: RunConfig, *, trains: bool = True) -> list[Problem]:
+    """Everything in a configuration that does not go together, in the order of the rules.
+
+    Without `trains` (evaluation, prediction) there need be no data to train on.
+    """
+    rules = (_trains, *RULES) if trains else RULES
+    return [problem for rule in rules for problem in rule(config)]
 
 
 def metric_mode(metric: str) -> Literal["min", "max"] | None:
@@ -51,9 +55,12 @@ def _method(config: RunConfig) -> Iterator[Problem]:
         yield _problem("method", f"method is {config.method!r}, which there is not (there is {known}){near}")
 
 
-def _needs(config: RunConfig) -> Iterator[Problem]:
+def _trains(config: RunConfig) -> Iterator[Problem]:
     if config.data.train is None or config.data.train == []:
         yield _problem("data.train", f"data.train is missing: {config.method} needs a file to train on")
+
+
+def _needs(config: RunConfig) -> Iterator[Problem]:
     if _reinforces(config) and not config.reward and config.env is None:
         yield _problem(
             "reward", "reward is missing: grpo needs one, as in reward.use: math (or an env that gives rewards)"
@@ -75,7 +82,7 @@ def _belongs(config: RunConfig) -> Iterator[Problem]:
         }
         for name, default in own.items():
             if getattr(config, name) != default:
-                yield _problem(name, f"{name} is given, but sft has no use for it; remove it, or run grpo")
+                yield _problem(name, f"{name} is given, but sft has no use for it; remove it, or set method to grpo")
         if config.data.max_prompt_length is not None:
             yield _problem(
                 "data.max_prompt_length",
