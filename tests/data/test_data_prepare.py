@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from whet.config.data import DataConfig
 from whet.data import prepare as prepare_module
 from whet.data import tokenise
+from whet.data.encode import Encoder
 from whet.data.prepare import prepare, preview
 from whet.errors import DataError, ModelError
 from whet.models.tiny import make_tokenizer
@@ -138,6 +139,14 @@ def test_everything_wrong_is_told_at_once(settings: Settings, write_rows: Write,
     lines = str(caught.value).splitlines()
     assert lines[0] == "3 rows cannot be used (1 nothing to train, 1 broken JSON, 1 refused by the template):"
     assert [line.partition(": ")[0].rpartition(":")[2] for line in lines[1:]] == ["2", "3", "4"]
+
+
+def test_nothing_is_tokenised_once_a_row_is_known_to_be_wrong(
+    settings: Settings, write_rows: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Encoder, "encode", lambda *_: pytest.fail("rows were tokenised"))
+    with pytest.raises(DataError, match=r"train\.jsonl:1: field 'response' is null"):
+        prepare(settings(), write_rows({"prompt": "a", "response": None}, *ROWS), tokenizer)
 
 
 def test_a_file_without_chat_template_fails_before_any_row_is_tokenised(settings: Settings, write_rows: Write):
@@ -290,9 +299,9 @@ def test_the_share_of_rows_that_train_a_stop_token(
     assert prepared.share_training_one_of([ord("p")]) == 0
     whole = prepare(settings(), write_rows(*({"prompt": "p", "response": f"{i}"} for i in range(40))), tokenizer)
     train, held = whole.hold_out(0.5, seed=0)
-    ones = sum("1" in str(i) for i in range(40))
-    share = [part.share_training_one_of([ord("1")]) * len(part) for part in (train, held)]
-    assert sum(share) == pytest.approx(ones) and 0 < share[0] < ones
+    shares = [np.mean([ord("1") in unit.samples[0].tokens for unit in part]) for part in (train, held)]
+    assert [part.share_training_one_of([ord("1")]) for part in (train, held)] == pytest.approx(shares)
+    assert shares[0] != shares[1]
 
 
 def test_a_template_of_the_configuration_must_hold_its_place():

@@ -120,6 +120,13 @@ def test_a_token_that_closes_the_conversation_is_not_part_of_a_turn(make_chat: C
     assert [*sequence.tokens, tokenizer.eos_token_id] == tokenizer.apply_chat_template(messages)["input_ids"]
 
 
+def test_two_tokens_that_end_every_turn_both_belong_to_it(make_chat: Callable[..., PreTrainedTokenizerFast]):
+    tokenizer = make_chat()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\\n", "<|eot_id|><|im_end|>")
+    (sequence,) = encode(tokenizer, Conversation(chat("a", "eins", "b", "zwei")))
+    assert trained(tokenizer, sequence) == ["eins<|eot_id|><|im_end|>", "zwei<|eot_id|><|im_end|>"]
+
+
 def test_a_turn_without_an_end_of_its_own_ends_by_giving_the_floor(make_chat: Callable[..., PreTrainedTokenizerFast]):
     tokenizer = make_chat("floor")
     call = {"type": "function", "function": {"name": "add", "arguments": {}}}

@@ -97,8 +97,8 @@ class ChatTemplate:
             raise Malformed(
                 "rewritten by the template",
                 f"the chat template renders the assistant message {i} as ...{text[shared : shared + 40]!r}, but has it "
-                f"generated after ...{prompt[shared : shared + 40]!r}: what it learned would never be asked of it; give "
-                f"the message the thoughts that the template expects, or set model.chat_template",
+                f"generated after ...{prompt[shared : shared + 40]!r}, so the two do not fit; give the message the "
+                f"thoughts that the template expects, or set model.chat_template",
             )
         return len(prompt)
 
