@@ -74,7 +74,7 @@ def test_an_installed_module_is_found():
     "use,message",
     [
         ("maths", r"reward.use \(run.yaml, line 4\): there is no reward 'maths'; did you mean math\?"),
-        ("nothing like it", r"Built in: exact, math. Your own is written package.module:attribute"),
+        ("nothing like it", r"'nothing like it'. Built in: exact, math. Your own is written package.module:attribute"),
         ("", r"there is no reward ''"),
         (":", r"there is no reward ':'"),
         ("a::b", r"there is no reward 'a::b'"),

@@ -36,7 +36,7 @@ def resolve(use: str, builtins: Mapping[str, object], *, what: str, where: str) 
     if not candidates or not all(part.isidentifier() for part in use.replace(":", ".").split(".")):
         known = ", ".join(sorted(builtins)) or "none"
         raise ConfigError(
-            f"{where}: there is no {what} {use!r}{did_you_mean(use, builtins)} "
+            f"{where}: there is no {what} {use!r}{did_you_mean(use, builtins) or '.'} "
             f"Built in: {known}. Your own is written package.module:attribute."
         )
     with _working_directory_importable():
