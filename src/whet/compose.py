@@ -24,7 +24,6 @@ from whet.keeper import Keeper
 from whet.log import RunLog
 from whet.loop import Loop
 from whet.methods import Method
-from whet.models.adapters import has_adapter
 from whet.models.card import write_card
 from whet.models.load import check_model_folder, load_model, load_tokenizer, stop_token_ids
 from whet.recipe import method_of
@@ -138,8 +137,8 @@ async def evaluate(config: RunConfig) -> tuple[dict[str, float], tuple[Episode, 
 def load_policy(config: RunConfig, method: Method, tokenizer: PreTrainedTokenizerBase, *, train: bool) -> Policy:
     """Load the model on its device, with an optimizer if it is to be trained, and the reference if one is needed.
 
-    Under an adapter the reference is the policy with its adapter off; otherwise it is a second copy of the
-    weights that the run began with.
+    Under a new adapter the reference is the policy with its adapter off; otherwise, and under an adapter that is
+    trained on, it is a second copy of what the run began with.
     """
     make = resolve(config.backend.use, BACKENDS, what="backend", where="backend.use")
     arithmetic = choose(config.backend)
@@ -150,7 +149,7 @@ def load_policy(config: RunConfig, method: Method, tokenizer: PreTrainedTokenize
     backend = make(model, tokenizer, config.backend, arithmetic, optim=config.optim if train else None, **common)
     backends: dict[str, Backend] = {"policy": backend}
     if train and "reference" in method.roles:
-        if has_adapter(model):
+        if config.model.adapter is not None:
             backends["reference"] = WithoutAdapter(backend)
         else:
             frozen = load_model(config.model, arithmetic.device).requires_grad_(False)
