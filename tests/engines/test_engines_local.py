@@ -121,6 +121,15 @@ async def test_the_prompt_is_computed_once_even_if_the_group_does_not_fit(model,
         assert (torch.tensor(completion.logprobs) - expected).abs().max() < 1e-5
 
 
+async def test_a_row_that_is_handed_on_and_moved_in_one_step_keeps_its_whole_prompt(model):
+    engine = engine_for(model, max_concurrent=2)
+    # Both rows end together; the third request takes over the second row, which then moves to the first.
+    asked = [(list(b"other"), Sampling(max_tokens=2)), *((PROMPT, Sampling(max_tokens=n, seed=n)) for n in (2, 6))]
+    last = (await together(engine, asked))[-1]
+    assert engine.stats()["prefill_tokens"] == len(PROMPT) + 5
+    assert (torch.tensor(last.logprobs) - own_logprobs(model, PROMPT, last)).abs().max() < 1e-5
+
+
 async def test_a_request_that_comes_later_takes_the_prompt_from_a_row_that_holds_it(model):
     engine = engine_for(model)
     gate = Gate(engine, after=3)
@@ -178,6 +187,13 @@ async def test_ignore_eos_passes_over_the_models_stop_tokens_but_not_over_the_re
     assert on.tokens == free.tokens
     asked = Sampling(max_tokens=20, seed=3, ignore_eos=True, stop_token_ids=(free.tokens[5],))
     assert (await engine.generate(PROMPT, asked)).tokens == free.tokens[: free.tokens.index(free.tokens[5]) + 1]
+
+
+async def test_stop_tokens_of_a_request_do_not_outlive_it_in_its_row(model):
+    free = await engine_for(model).generate(PROMPT, Sampling(max_tokens=20, seed=3))
+    engine = engine_for(model, max_concurrent=1)
+    await engine.generate(PROMPT, Sampling(max_tokens=20, seed=3, stop_token_ids=tuple(free.tokens[:5])))
+    assert (await engine.generate(PROMPT, Sampling(max_tokens=20, seed=3))).tokens == free.tokens
 
 
 async def test_the_last_allowed_token_may_be_a_stop_token(model):
@@ -300,22 +316,23 @@ async def test_completions_tell_which_version_sampled_which_tokens(model):
     assert (await engine.generate(PROMPT, Sampling(max_tokens=2))).versions == (VersionSpan(6, 0, 2),)
 
 
-async def test_new_weights_are_used_at_once_and_no_old_prompt_is_shared(tiny_qwen):
+@pytest.mark.parametrize(("old_tokens", "new_tokens"), [(20, 5), (6, 12)])
+async def test_new_weights_are_used_at_once_and_no_old_prompt_is_shared(tiny_qwen, old_tokens, new_tokens):
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen)
     engine = engine_for(model)
     gate = Gate(engine, after=2)
-    old = asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=20)))
+    old = asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=old_tokens)))
     await gate.reached.wait()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
     await engine.update_weights(1)
-    new = asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=5, seed=1)))
+    new = asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=new_tokens, seed=1)))
     await asyncio.sleep(0)
     await engine.resume()
     completion = await new
     assert (torch.tensor(completion.logprobs) - own_logprobs(model, PROMPT, completion)).abs().max() < 1e-5
-    assert len((await old).tokens) == 20
+    assert len((await old).tokens) == old_tokens
     assert engine.stats()["prefill_tokens"] == 2 * len(PROMPT)
 
 

@@ -70,7 +70,7 @@ def test_temperature_zero_takes_the_likeliest_with_its_logprob_at_temperature_on
 
 
 def test_greedy_sees_differences_that_vanish_in_the_exponential():
-    logits = torch.tensor([[1.0, 1.0 + 2e-7, 0.0]])
+    logits = torch.tensor([[0.125, 0.125 + 2**-26, 0.0]])
     assert logits[0, 1] > logits[0, 0]
     assert sample(logits, at(0.0, temperature=0.0))[0].tolist() == [1]
 

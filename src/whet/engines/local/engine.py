@@ -115,7 +115,6 @@ class LocalEngine:
         self._prompts.clear()
         for request in [self._rows.requests[row] for row in self._rows.fresh()]:
             self._free(request.row)  # took over a row whose prompt is now out of date
-            request.marks.clear()
             self._waiting.setdefault(request.tokens, deque()).appendleft(request)
         for request in self._rows.requests:
             request.mark(self.version)
@@ -329,7 +328,7 @@ class LocalEngine:
             )
         self._stats.generated_tokens += len(rows)
         ended = self._rows.record(rows, sampled.astype(np.int64), likelihood)
-        # From the last row down, so that what moves into a freed row is never a row that ends too.
+        # From the last row down, so that no row is moved that ends too.
         for request, reason in sorted(ended, key=lambda pair: -pair[0].row):
             self._end(request, reason)
 
@@ -358,7 +357,7 @@ class LocalEngine:
         self._free(row)
 
     def _free(self, row: int) -> None:
-        """Empty a row, and move the last one there."""
+        """Empty a row, and move the last one there: what it has in the cache, at most up to its last token."""
         if (moved := self._rows.remove(row)) is not None:
             self._forward.cache.copy(moved, row, int(self._rows.position[row]) + 1)
 
