@@ -5,13 +5,15 @@ end of the last step: collation, forward, backward, optimizer and logging, and f
 generation and reward; no imports, no loading, no tokenising up front.
 
 Peak memory is the highest resident set while training, warm-up included, minus the resident set when
-training begins (weights loaded, data tokenised). So it holds gradients, optimizer state, activations and
-logits. The kernel's high-water mark is reset when training begins; this needs Linux.
+training begins (weights loaded, data tokenised, freed memory returned). So it holds gradients, optimizer
+state, activations and logits. The kernel's high-water mark is reset when training begins: Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import resource
@@ -53,7 +55,9 @@ class Measure:
         return self.warmup <= self._done < self.warmup + self.steps
 
     def begin(self) -> None:
-        """Training is about to start: what is resident now does not count."""
+        """Training is about to start: what is resident now, freed memory returned, does not count."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         self._resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         if self.warmup == 0:

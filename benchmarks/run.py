@@ -79,10 +79,10 @@ CASES = {
         goals={"trl": 3.0},
     ),
     "sft-memory": Case(
-        what="SFT, peak memory with a vocabulary of 151,936, 4 rows per step",
+        what="SFT, peak memory with a vocabulary of 151,936, 8 rows per step",
         ours="ours_sft",
         peers=SFT_PEERS,
-        arguments="--model {assets}/wide --data {assets}/sft.jsonl --warmup 1 --steps 1",
+        arguments="--model {assets}/wide --data {assets}/sft.jsonl --batch-size 8 --warmup 1 --steps 1",
         metric="peak_mb",
         goals=dict.fromkeys(SFT_PEERS, 2.0),
         lower=True,
