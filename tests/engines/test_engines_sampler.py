@@ -38,12 +38,13 @@ def test_a_random_number_picks_the_token_whose_share_of_the_unit_interval_holds_
     assert tokens.tolist() == [0, 0, 1, 1, 3, 3]
 
 
-def test_the_random_number_nearest_one_never_picks_a_token_without_probability():
-    logits = torch.full((1, 200), float("-inf"))
-    logits[0, 3] = 0.0
-    tokens, logprobs = sample(logits, at(1 - 2**-53))
-    assert tokens.tolist() == [3]
-    assert logprobs.tolist() == [0.0]
+@pytest.mark.parametrize("place", [3, 150])
+def test_no_random_number_picks_a_token_without_probability(place):
+    logits = torch.full((2, 200), float("-inf"))
+    logits[:, place] = 0.0
+    tokens, logprobs = sample(logits, at(0.0, 1 - 2**-53))
+    assert tokens.tolist() == [place, place]
+    assert logprobs.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("vocabulary", [5, 64, 100, 1000])
@@ -146,6 +147,13 @@ def test_random_numbers_depend_on_seed_and_index_alone_and_are_uniform():
     assert ((counts - 1000) ** 2 / 1000).sum() < 43.8
     assert abs(np.corrcoef(table[:-1].ravel(), table[1:].ravel())[0, 1]) < 0.03
     assert abs(np.corrcoef(table[:, :-1].ravel(), table[:, 1:].ravel())[0, 1]) < 0.03
+
+
+def test_no_seed_continues_the_numbers_of_another():
+    keys = np.array([stream_key(5), stream_key(5 + 0x9E3779B97F4A7C15)])
+    table = [uniforms(keys, np.full(2, i)) for i in range(3)]
+    assert table[1][0] != table[0][1]
+    assert table[2][0] != table[1][1]
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63, 2**64 + 5])
