@@ -79,13 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _load(method: str | None, arguments: list[str]):
+def _load(method: str | None, arguments: list[str], *, trains: bool = True):
     """The configuration of a command; notes on names without effect go to the log."""
     from whet.config.loader import load
     from whet.log import logger
 
     path = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    loaded = load(method, path, arguments)
+    loaded = load(method, path, arguments, trains=trains)
     for note in loaded.notes:
         logger.info(note)
     return loaded.config
@@ -131,7 +131,7 @@ def _eval(arguments: list[str]) -> int:
         )
         print("with method: grpo the reward of sampled completions. Prints one metric per line.")
         return 0
-    config = _load(None, arguments)
+    config = _load(None, arguments, trains=False)
     from whet.compose import evaluate
 
     metrics, transcripts = asyncio.run(evaluate(config))

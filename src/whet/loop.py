@@ -15,6 +15,7 @@ from whet.backends.protocol import Backend
 from whet.batch import Batch, collate
 from whet.config.rules import metric_mode
 from whet.config.run import RunConfig
+from whet.errors import ConfigError
 from whet.log import RunLog
 from whet.methods import Method
 from whet.rollout.protocols import Source
@@ -63,14 +64,13 @@ class Loop:
         source: Source,
         backends: Mapping[str, Backend],
         schedule: Schedule,
-        log: RunLog,
         *,
         evaluate: Evaluator | None = None,
         saver: Saver | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.config, self.method, self.source, self.backends = config, method, source, backends
-        self.schedule, self.log, self.evaluate, self.saver = schedule, log, evaluate, saver
+        self.schedule, self.evaluate, self.saver = schedule, evaluate, saver
         self.progress = progress or Progress()
         self.callbacks: list[Callable[[Loop], None]] = []
         self.policy = backends["policy"]
@@ -90,8 +90,9 @@ class Loop:
         """End after the step that is running, with a checkpoint."""
         self._stop_requested = True
 
-    async def run(self) -> Progress:
-        """Train to the end of the schedule, an early stop, or a requested one."""
+    async def run(self, log: RunLog) -> Progress:
+        """Train to the end of the schedule, an early stop, or a requested one, and log what is measured."""
+        self.log = log
         if self.config.eval.at_start and self.progress.step == 0:
             await self._evaluate()
         while not self.finished and not self._stop_requested:
@@ -181,7 +182,7 @@ class Loop:
         settings, progress = self.config.eval, self.progress
         name = settings.metric or ("eval/reward" if self.method.source == "prompts" else "eval/loss")
         if name not in metrics:
-            raise KeyError(f"eval.metric is {name!r}, but the evaluation measures {', '.join(sorted(metrics))}")
+            raise ConfigError(f"eval.metric is {name!r}, but the evaluation measures {', '.join(sorted(metrics))}")
         sign = -1 if (settings.mode or metric_mode(name)) == "min" else 1
         value = metrics[name]
         improved = progress.best is None or sign * (value - progress.best) > settings.min_delta

@@ -77,17 +77,14 @@ class TrainingConfig(BaseModel):
 
     def run_config(self) -> RunConfig:
         """The same settings as the rest of whet knows them."""
-        given = {name: value for name, value in self.model_dump().items() if value is not None}
-        if not self.use_lora:
-            given = {name: value for name, value in given.items() if not name.startswith("lora_")}
-        if "output_dir" in given:
-            given.pop("experiment_name")
-        if self.train_file is None:  # a trainer that only predicts; `train` insists on rows
-            given["train_file"] = ""
-        config = from_values(given, method="sft", where="TrainingConfig").config
-        if self.train_file is None:
-            config = config.model_copy(update={"data": config.data.model_copy(update={"train": None})})
-        return config
+        given = {name: value for name, value in self.model_dump(exclude_unset=True).items() if value is not None}
+        defaults = {name: value for name, value in self.model_dump().items() if value is not None and name not in given}
+        for settings in (given, defaults):
+            for name in [*settings]:
+                if not self.use_lora and name.startswith("lora_"):
+                    del settings[name]  # without an adapter its rank means nothing
+        trains = self.train_file is not None or "data" in given
+        return from_values(given, method="sft", where="TrainingConfig", trains=trains, defaults=defaults).config
 
 
 class SFTrainer:

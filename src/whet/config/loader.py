@@ -51,14 +51,20 @@ def load(method: str | None, path: str | None, overrides: Sequence[str], *, trai
 
 
 def from_values(
-    values: Mapping[str, Any], *, method: str | None = None, where: str = "the call", trains: bool = True
+    values: Mapping[str, Any],
+    *,
+    method: str | None = None,
+    where: str = "the call",
+    trains: bool = True,
+    defaults: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """The same from Python: a mapping of settings, nested or dotted, under any accepted names.
 
-    `where` stands for the source in messages, as in `TrainingConfig`.
-    Raises ConfigError that tells all violations at once.
+    `where` stands for the source in messages, as in `TrainingConfig`. `defaults` are settings of the same
+    kind that give way to `values`. Raises ConfigError that tells all violations at once.
     """
-    return _build(method, [list(settings_in(dict(values), Origin(where)))], [], trains)
+    layers = [list(settings_in(dict(given), Origin(where))) for given in (defaults or {}, values)]
+    return _build(method, layers, [], trains)
 
 
 def dump(config: RunConfig) -> str:
