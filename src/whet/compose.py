@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from whet.backends.device import Arithmetic, choose
 from whet.backends.local import LocalBackend, WithoutAdapter
 from whet.backends.protocol import Backend
+from whet.checkpoints.folder import check_folder, claimed
 from whet.config.loader import dump
 from whet.config.plugin import resolve
 from whet.config.run import RunConfig
@@ -77,16 +78,20 @@ class Run:
 
     async def train(self) -> dict[str, float]:
         """Train, end with the best weights if asked to, and export. Returns the last evaluation."""
-        with self.loop.log:
-            await self.loop.run()
-            if self.loop.finished:
-                self._finish()
-            else:
-                self.loop.log.message(f"stopped after step {self.loop.global_step}; the same command goes on from here")
-        return self.loop.progress.last_eval
+        config, loop = self.policy.config, self.loop
+        # Nothing is written before: what is refused, or only predicts, leaves the files of an earlier run alone.
+        with claimed(config.output_dir) as folder:
+            (folder / "run.yaml").write_text(dump(config), encoding="utf-8")
+            total_steps = loop.schedule.total_steps
+            with RunLog(folder, config.log, total_steps=total_steps, resume_step=loop.global_step) as log:
+                await loop.run(log)
+                if loop.finished:
+                    self._finish(log, folder)
+                else:
+                    log.message(f"stopped after step {loop.global_step}; the same command goes on from here")
+        return loop.progress.last_eval
 
-    def _finish(self) -> None:
-        log, folder = self.loop.log, Path(self.policy.config.output_dir)
+    def _finish(self, log: RunLog, folder: Path) -> None:
         if self.keeper.restore_best(self.loop):
             log.message(f"the weights are those of step {self.loop.progress.best_step}, the best evaluation")
         self.policy.backend.export_weights(folder)
@@ -103,20 +108,18 @@ def compose(config: RunConfig, method: Method | None = None) -> Run:
     before it is loaded.
     """
     method = method or method_of(config)
+    check_folder(config.output_dir)
     keeper = Keeper(config)
     feed, tokenizer = _feed(config, method)
     schedule = plan(config, len(feed), rollouts=method.source == "prompts")
     policy = load_policy(config, method, tokenizer, train=True)
     engine = policy.engine() if method.source == "prompts" else None
     connected = feed.connect(method, policy.backend, engine, policy.stop_token_ids)
-    log = _open_log(config, keeper, schedule.total_steps)
-    loop = Loop(
-        config, method, connected.source, policy.backends, schedule, log, evaluate=connected.evaluate, saver=keeper
-    )
+    loop = Loop(config, method, connected.source, policy.backends, schedule, evaluate=connected.evaluate, saver=keeper)
     if keeper.found:
         keeper.restore(loop)
-        log.message(f"going on from {keeper.found}")
-    log.message(", ".join(f"{name} {value}" for name, value in policy.backend.describe().items()))
+        logger.info("going on from %s", keeper.found)
+    logger.info(", ".join(f"{name} {value}" for name, value in policy.backend.describe().items()))
     return Run(policy, feed, loop, keeper, engine)
 
 
@@ -162,10 +165,3 @@ def _feed(config: RunConfig, method: Method) -> tuple[RowFeed | PromptFeed, PreT
     check_model_folder(config.model)
     tokenizer = load_tokenizer(config.model)
     return (PromptFeed if method.source == "prompts" else RowFeed)(config, tokenizer), tokenizer
-
-
-def _open_log(config: RunConfig, keeper: Keeper, total_steps: int) -> RunLog:
-    output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "run.yaml").write_text(dump(config), encoding="utf-8")
-    return RunLog(output, config.log, total_steps=total_steps, resume_step=keeper.found_step)

@@ -24,11 +24,6 @@ class Keeper:
         self.found = choose(config.checkpoint.resume, self.root)
         """The checkpoint that this run goes on from, or None."""
 
-    @property
-    def found_step(self) -> int:
-        """The step of that checkpoint; 0 without one."""
-        return int(self.found.name.rpartition("-")[2]) if self.found else 0
-
     def save(self, loop: Loop, *, best: bool) -> Path:
         """Write weights, optimizer, data position, random states and progress; remove what is too old."""
         progress = loop.progress
