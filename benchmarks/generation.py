@@ -111,8 +111,11 @@ def contest(name: str, folder: str, dtype: str) -> dict:
 
 def make_model(folder: Path) -> Path:
     """Qwen3 of 5.2M parameters with random weights and a vocabulary of 8,192."""
+    import transformers
+
     from whet.models.tiny import make_tiny
 
+    transformers.logging.disable_progress_bar()
     shape = {"hidden_size": 256, "num_layers": 4, "head_dim": 64, "intermediate_size": 768}
     return make_tiny(folder, vocab_size=8192, **shape)
 
