@@ -1,16 +1,17 @@
-"""What the documentation shows is true: its Python runs, its YAML loads, its commands and links exist.
+"""What the documentation shows is true: its Python runs, its YAML and its commands load, its links exist.
 
 The blocks of one file run from top to bottom in one namespace and one empty folder. That folder holds
-`train.jsonl` and `eval.jsonl` (questions with answers) and, under each name of MODELS, a tiny model in
-the place of the one that the documentation names. A block whose first line is a comment naming a file
-(`# my_rewards.py`, `# sft.yaml`) is saved there under that name as well. `<!-- no-run: why -->` above a
-block leaves it out.
+`train.jsonl` and `eval.jsonl` (questions with answers), `prompts.jsonl` and `held_out.jsonl` (with labels), all of
+them also in `data/`, and, under each name of MODELS, a tiny model in the place of the one that the documentation
+names. A block whose first line is a comment naming a file (`# my_rewards.py`, `# sft.yaml`) is saved there under
+that name as well. `<!-- no-run: why -->` above a block leaves it out.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from whet.config.loader import from_values, load
@@ -27,9 +29,9 @@ from whet.recipe import method_of
 from whet.rewards.registry import build_scorer
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")])
 EXAMPLES = sorted(ROOT.glob("examples/**/*.yaml"))
-MODELS = ("Qwen/Qwen3-0.6B", "model")
+MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", "model")
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```", re.M | re.S)
 SKIPPED = re.compile(r"<!--\s*no-run:[^>]*\S\s*-->\s*$")
@@ -86,13 +88,21 @@ def settings_of(code: str) -> dict:
     """A YAML block as a whole configuration: one that shows only some sections gets what every run needs."""
     settings = yaml.safe_load(code)
     assert isinstance(settings, dict), "a YAML block holds a mapping"
-    if "path" in settings.get("model", {}) or "model_name_or_path" in settings:
+    if "model_name_or_path" in settings:  # another tool's names: everything is there
         return settings
-    settings["model"] = {"path": MODELS[0]} | settings.get("model", {})
+    if not isinstance(settings.get("model"), str):
+        settings["model"] = {"path": MODELS[0]} | settings.get("model", {})
     settings["data"] = {"train": "train.jsonl"} | settings.get("data", {})
     if settings.get("method") == "grpo":
         settings.setdefault("reward", "exact")
     return settings
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The commands of whet that take a configuration, as words: `["sft", "sft.yaml", "--optim.lr", "2e-5"]`."""
+    lines = "\n".join(block.code for block in blocks_to_run(page, "bash")).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("whet ")]
+    return [words[1:] for words in commands if words[1] in ("sft", "grpo", "eval") and "--help" not in words]
 
 
 def check(config: RunConfig) -> None:
@@ -107,15 +117,21 @@ def check(config: RunConfig) -> None:
 def reader(tmp_path: Path, tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder that a reader of the documentation sits in."""
     rows = [{"prompt": f"What is {a} + {b}?", "response": str(a + b)} for a in range(6) for b in range(6)]
-    for name, part in (("train.jsonl", rows[:28]), ("eval.jsonl", rows[28:])):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    prompts = [{"prompt": row["prompt"], "label": row["response"]} for row in rows]
+    files = {"train": rows[:28], "eval": rows[28:], "prompts": prompts[:28], "held_out": prompts[28:]}
+    (tmp_path / "data").mkdir()
+    for name, part in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+        (tmp_path / "data" / f"{name}.jsonl").symlink_to(tmp_path / f"{name}.jsonl")
     for name in MODELS:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(tiny_qwen)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    before = set(sys.modules)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before, precision = set(sys.modules), torch.get_float32_matmul_precision()
     yield tmp_path
+    torch.set_float32_matmul_precision(precision)
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
             del sys.modules[name]
@@ -134,6 +150,20 @@ def test_yaml_of_the_page_is_a_configuration(page: Path, reader: Path):
             check(from_values(settings_of(block.code)).config)
         except ValueError as error:
             pytest.fail(f"{page.name}:{block.line}: {error}")
+
+
+@pytest.mark.parametrize("page", [page for page in pages_with("bash") if commands_of(page.values[0])])
+def test_commands_of_the_page_are_configurations(page: Path, reader: Path, monkeypatch: pytest.MonkeyPatch):
+    save_named(blocks_to_run(page, "yaml") + blocks_to_run(page, "python"))
+    if page.parent.name == "examples":
+        monkeypatch.chdir(page.parent)
+    for command, *words in commands_of(page):
+        file = words.pop(0) if words and not words[0].startswith("-") else None
+        try:
+            method = command if command != "eval" else None
+            check(load(method, file, words, trains=command != "eval").config)
+        except ValueError as error:
+            pytest.fail(f"{page.name}: whet {command} {file or ''} {' '.join(words)}: {error}")
 
 
 @pytest.mark.parametrize("example", [pytest.param(path, id=path.name) for path in EXAMPLES])
@@ -178,10 +208,46 @@ def test_commands_of_the_pages_exist():
 def test_links_between_the_pages_lead_somewhere():
     dead = {}
     for page in PAGES:
-        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", FENCE.sub("", page.read_text(encoding="utf-8"))):
-            if ":" not in link and not (page.parent / link).exists():
-                dead[link] = page.name
+        for link, place in re.findall(
+            r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", FENCE.sub("", page.read_text(encoding="utf-8"))
+        ):
+            if ":" in link:
+                continue
+            target = page.parent / link if link else page
+            if not target.exists() or (place and place not in headings(target)):
+                dead[f"{link}#{place}"] = page.name
     assert dead == {}
+
+
+def headings(page: Path) -> set[str]:
+    """The places in a page that a link may lead to."""
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_error_messages_of_the_table_are_those_of_the_code():
+    """Of each message, its longest stretch without a value must stand in some string of the source."""
+    code = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("src/whet/**/*.py"))
+    strings = re.sub(r"\"\s*\n\s*f?\"", "", code)
+    table = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").partition("## Memory")[0]
+    messages = re.findall(r"^\| `([^`]+)`", table, re.M)
+    unknown = []
+    for message in messages:
+        fragments = re.split(r"…|[:;]|'[^']*'|\d[\d,.%]*|\w+\.\w+|\([^)]*\)", message)
+        if max(fragments, key=len).strip(" ;,:") not in strings:
+            unknown.append(message)
+    assert len(messages) > 20 and unknown == []
+
+
+def test_every_paper_that_the_code_names_is_in_the_index():
+    id_of_paper = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
+    index = set(id_of_paper.findall((ROOT / "docs" / "papers.md").read_text(encoding="utf-8")))
+    named = {
+        number: path.relative_to(ROOT).as_posix()
+        for path in ROOT.glob("src/whet/**/*.py")
+        for number in id_of_paper.findall(path.read_text(encoding="utf-8"))
+    }
+    assert named and {number: path for number, path in named.items() if number not in index} == {}
 
 
 def page_of(folder: Path, text: str) -> Path:
