@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 
@@ -61,35 +62,35 @@ def build(rows: Sequence[np.ndarray], *, min_saved: int = MIN_SAVED_TOKENS) -> T
     Prefixes are shared at any depth wherever that saves at least `min_saved` tokens.
     """
     rows = [np.asarray(row, dtype=np.int64) for row in rows]
-    row_starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    row_starts = [0, *accumulate(map(len, rows))]
     index = np.empty(row_starts[-1], dtype=np.int64)
     tokens: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
     parents: list[int] = []
-    length = 0
+    starts = [0]
     # Members of a node agree on all tokens before `depth`, which stand in segment `parent` and above.
     nodes = deque([(list(range(len(rows))), 0, -1)])
     while nodes:
         members, depth, parent = nodes.popleft()
         end = _shared_end([rows[m] for m in members], depth)
         if len(members) == 1 or (end - depth) * (len(members) - 1) >= min_saved:
+            places = np.arange(starts[-1], starts[-1] + end - depth)
             for m in members:
-                index[row_starts[m] + depth : row_starts[m] + end] = np.arange(length, length + end - depth)
+                index[row_starts[m] + depth : row_starts[m] + end] = places
             tokens.append(rows[members[0]][depth:end])
-            positions.append(np.arange(depth, end))
             parents.append(parent)
-            length += end - depth
+            starts.append(starts[-1] + end - depth)
             nodes.extend((group, end, len(parents) - 1) for group in _branches(rows, members, end, keep_ended=False))
         else:  # too little in common: each branch carries its own copy
             nodes.extend((group, depth, parent) for group in _branches(rows, members, end, keep_ended=True))
-    starts = np.concatenate([[0], np.cumsum([len(t) for t in tokens])]).astype(np.int64)
-    return Tree(np.concatenate(tokens), np.concatenate(positions), starts, np.asarray(parents, dtype=np.int64), index)
+    positions = np.empty(starts[-1], dtype=np.int64)
+    positions[index] = np.concatenate([np.arange(len(row)) for row in rows])
+    return Tree(np.concatenate(tokens), positions, np.asarray(starts), np.asarray(parents), index)
 
 
 def _shared_end(rows: list[np.ndarray], depth: int) -> int:
     """The first position at or after `depth` at which these rows differ or one of them ends."""
     first = rows[0]
-    end = min(len(row) for row in rows)
+    end = min(map(len, rows))
     for row in rows[1:]:
         differs = np.flatnonzero(first[depth:end] != row[depth:end])
         if len(differs):

@@ -124,6 +124,7 @@ class _ChunkedHead(torch.autograd.Function):
                 _add_product(grad_weight, grad, logits.hidden[span])
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
+            del probabilities, grad  # so that the kept chunk's memory is free before the next is formed
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
@@ -152,18 +153,24 @@ def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
         total += grad.t() @ hidden
 
 
+def _even_spans(count: int, most: int) -> list[slice]:
+    """As few spans of at most `most` as can be, all about as long: the last, which is kept, should not be a rest."""
+    parts = -(-count // most)
+    return [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+
+
 class _Logits:
     """Chunks of logits in two buffers that are used over and over."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: _Spec):
         self.hidden, self.weight, self.bias, self.spec = hidden.to(spec.dtype), weight.to(spec.dtype), bias, spec
-        self.spans = [slice(i, min(i + spec.rows, len(hidden))) for i in range(0, len(hidden), spec.rows)]
+        self.spans = _even_spans(len(hidden), spec.rows)
         self._buffers: list[Tensor | None] = [None, None]
 
     def _buffer(self, which: int, span: slice) -> Tensor:
         buffer = self._buffers[which]
         if buffer is None:
-            shape = (min(self.spec.rows, len(self.hidden)), len(self.weight))
+            shape = (max(s.stop - s.start for s in self.spans), len(self.weight))
             buffer = self._buffers[which] = self.hidden.new_empty(shape, dtype=torch.float32)
         return buffer[: span.stop - span.start]
 

@@ -74,12 +74,14 @@ class Segments:
 class _Call:
     """Queries and keys of one flash call: a slice of the stream, or places [rows, length] in it.
 
-    `valid` [rows, queries] marks the real queries among padding; None when all are real.
+    Where rows of queries are padded, by repeating their last place, `padding` [rows, queries] marks it and `real`
+    lists the others, as numbers in the flattened places.
     """
 
     queries: slice | Tensor
     keys: slice | Tensor
-    valid: Tensor | None = None
+    padding: Tensor | None = None
+    real: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class _Calls:
 
 def _plan_calls(tree: Tree) -> _Calls:
     ranges = [np.arange(a, b) for a, b in zip(tree.starts[:-1], tree.starts[1:], strict=True)]
-    own = [_Call(q, q, valid) for q, valid in _batched(ranges)]
+    own = [_Call(queries, queries, *padding) for queries, *padding in _batched(ranges)]
     children: dict[int, list[int]] = defaultdict(list)
     for segment, parent in enumerate(tree.parents.tolist()):
         if parent >= 0:
@@ -106,13 +108,13 @@ def _plan_calls(tree: Tree) -> _Calls:
     for pairs in by_path_length.values():
         pairs.sort(key=lambda pair: len(pair[0]))
         for chunk in _like_lengths([len(queries) for queries, _ in pairs]):
-            queries, valid = _padded([pairs[i][0] for i in chunk])
-            keys, _ = _padded([pairs[i][1] for i in chunk])
-            above.append(_Call(queries, keys, valid))
+            queries, *padding = _padded([pairs[i][0] for i in chunk])
+            keys, *_ = _padded([pairs[i][1] for i in chunk])
+            above.append(_Call(queries, keys, *padding))
     return _Calls(own, above)
 
 
-def _batched(ranges: list[np.ndarray]) -> list[tuple[slice | Tensor, Tensor | None]]:
+def _batched(ranges: list[np.ndarray]) -> list[_Padded]:
     order = sorted(range(len(ranges)), key=lambda i: len(ranges[i]))
     return [_padded([ranges[order[i]] for i in chunk]) for chunk in _like_lengths([len(ranges[i]) for i in order])]
 
@@ -129,44 +131,52 @@ def _like_lengths(lengths: list[int]) -> list[list[int]]:
     return runs
 
 
-def _padded(places: list[np.ndarray]) -> tuple[slice | Tensor, Tensor | None]:
-    """Places as a slice (one contiguous row) or as [rows, longest], padded with each row's last place."""
+_Padded = tuple[slice | Tensor, Tensor | None, Tensor | None]
+
+
+def _padded(places: list[np.ndarray]) -> _Padded:
+    """Places as a slice (one contiguous row) or as [rows, longest], with what `_Call` says of its padding."""
     if len(places) == 1 and places[0][-1] - places[0][0] == len(places[0]) - 1:
-        return slice(int(places[0][0]), int(places[0][-1]) + 1), None
-    longest = max(map(len, places))
-    padded = np.stack([np.pad(p, (0, longest - len(p)), mode="edge") for p in places])
-    valid = np.arange(longest) < np.array([len(p) for p in places])[:, None]
-    return torch.from_numpy(padded), None if valid.all() else torch.from_numpy(valid)
+        return slice(int(places[0][0]), int(places[0][-1]) + 1), None, None
+    lengths = np.array([len(p) for p in places])
+    firsts, steps = np.cumsum(lengths) - lengths, np.arange(lengths.max())
+    padded = torch.from_numpy(np.concatenate(places)[firsts[:, None] + np.minimum(steps, lengths[:, None] - 1)])
+    padding = torch.from_numpy(steps >= lengths[:, None])
+    if not padding.any():
+        return padded, None, None
+    return padded, padding, (~padding).flatten().nonzero()[:, 0]
+
+
+# Queries, keys and values come token by token in memory, [P, H, D]; whole tokens are moved at a time.
 
 
 def _take(x: Tensor, places: slice | Tensor) -> Tensor:
-    """[1, H, P, …] -> [rows, H, length, …]."""
+    """[P, H, …] -> [rows, H, length, …]."""
     if isinstance(places, slice):
-        return x[:, :, places]
-    return x[0].index_select(1, places.flatten()).unflatten(1, places.shape).transpose(0, 1)
+        return x[places].transpose(0, 1).unsqueeze(0)
+    return x.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
 
 
-def _rows(values: Tensor) -> Tensor:
-    """[rows, H, length, …] -> [H, rows * length, …]."""
-    return values.transpose(0, 1).flatten(1, 2)
+def _tokens(values: Tensor) -> Tensor:
+    """[rows, H, length, …] -> [rows * length, H, …]."""
+    return values.transpose(1, 2).flatten(0, 1)
 
 
 def _put(x: Tensor, call: _Call, values: Tensor) -> None:
-    """Write [rows, H, length, …] to the real queries' places in x [1, H, P, …]."""
+    """Write [rows, H, length, …] to the real queries' places in x [P, H, …]."""
     if isinstance(call.queries, slice):
-        x[:, :, call.queries] = values
-    elif call.valid is None:
-        x[0].index_copy_(1, call.queries.flatten(), _rows(values))
+        x[call.queries] = _tokens(values)
+    elif call.real is None:
+        x.index_copy_(0, call.queries.flatten(), _tokens(values))
     else:
-        real = call.valid.flatten()
-        x[0].index_copy_(1, call.queries.flatten()[real], _rows(values)[:, real])
+        x.index_copy_(0, call.queries.flatten()[call.real], _tokens(values)[call.real])
 
 
 def _add(x: Tensor, places: slice | Tensor, values: Tensor) -> None:
     if isinstance(places, slice):
-        x[:, :, places] += values
+        x[places] += _tokens(values)
     else:
-        x[0].index_add_(1, places.flatten(), _rows(values))
+        x.index_add_(0, places.flatten(), _tokens(values))
 
 
 class _FlashOverTree(torch.autograd.Function):
@@ -178,10 +188,10 @@ class _FlashOverTree(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, calls: _Calls, scaling):
-        _, heads, length, dim = query.shape
-        out = query.new_empty(1, length, heads, dim).transpose(1, 2)
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        out = query.new_empty(query.shape)
         accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-        lse = torch.empty(1, heads, length, dtype=accumulate)
+        lse = torch.empty(query.shape[:2], dtype=accumulate)
         for call in calls.own:
             part, part_lse = _flash(*_qkv(query, key, value, call), is_causal=True, scale=scaling)
             _put(out, call, part)
@@ -195,24 +205,30 @@ class _FlashOverTree(torch.autograd.Function):
             _put(lse, call, union)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.calls, ctx.scaling = calls, scaling
-        return out.transpose(1, 2)
+        return out.unsqueeze(0)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
         query, key, value, out, lse = ctx.saved_tensors
-        grad_out = grad_outputs[0].transpose(1, 2)
-        grads = [torch.zeros_like(x) for x in (query, key, value)]
-        for calls, causal in ((ctx.calls.own, True), (ctx.calls.above, False)):
-            for call in calls:
-                grad = _take(grad_out, call.queries)
-                if call.valid is not None:  # padding repeats a real query; nothing may flow back through it
-                    grad = grad * call.valid[:, None, :, None]
-                qkv = _qkv(query, key, value, call)
-                rest = (_take(out, call.queries), _take(lse, call.queries), 0.0, causal)
-                parts = _flash_backward(grad, *qkv, *rest, scale=ctx.scaling)
-                for total, places, part in zip(grads, (call.queries, call.keys, call.keys), parts, strict=True):
-                    _add(total, places, part)
-        return *grads, None, None
+        grad_out = grad_outputs[0][0]
+        grads = [torch.empty_like(x) for x in (query, key, value)]
+
+        def parts(call: _Call, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+            call_lse = _take(lse, call.queries)
+            if call.padding is not None:  # it repeats a real query; at probability 0 nothing flows back through it
+                call_lse = call_lse.masked_fill(call.padding[:, None], torch.inf)
+            grad, attended = _take(grad_out, call.queries), _take(out, call.queries)
+            qkv = _qkv(query, key, value, call)
+            return _flash_backward(grad, *qkv, attended, call_lse, 0.0, causal, scale=ctx.scaling)
+
+        for call in ctx.calls.own:  # which write every token once
+            for total, part in zip(grads, parts(call, causal=True), strict=True):
+                _put(total, call, part)
+        for call in ctx.calls.above:
+            places = (call.queries, call.keys, call.keys)
+            for total, at, part in zip(grads, places, parts(call, causal=False), strict=True):
+                _add(total, at, part)
+        return *(grad.transpose(0, 1).unsqueeze(0) for grad in grads), None, None
 
 
 def _qkv(query: Tensor, key: Tensor, value: Tensor, call: _Call) -> tuple[Tensor, Tensor, Tensor]:
