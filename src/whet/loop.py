@@ -95,13 +95,20 @@ class Loop:
         self.log = log
         if self.config.eval.at_start and self.progress.step == 0:
             await self._evaluate()
+        elif self.config.eval.metric and self.evaluate is not None:
+            self._metric(await self.evaluate())  # to learn at the end that there is no such metric would be late
         while not self.finished and not self._stop_requested:
             metrics = await self.train_step()
             step = self.progress.step
             self.log.log(step, metrics)
-            improved = self.schedule.evaluates_after(step) and await self._evaluate()
-            for callback in self.callbacks:
-                callback(self)
+            try:
+                improved = self.schedule.evaluates_after(step) and await self._evaluate()
+                for callback in self.callbacks:
+                    callback(self)
+            except Exception:
+                if self.saver:  # what was trained is whole; it must not go with what came after
+                    self.saver.save(self, best=False)
+                raise
             if self.saver and self._saves_now(improved):
                 self.saver.save(self, best=improved)
         return self.progress
@@ -180,11 +187,8 @@ class Loop:
 
     def _judge(self, metrics: Mapping[str, float]) -> bool:
         settings, progress = self.config.eval, self.progress
-        name = settings.metric or ("eval/reward" if self.method.source == "prompts" else "eval/loss")
-        if name not in metrics:
-            raise ConfigError(f"eval.metric is {name!r}, but the evaluation measures {', '.join(sorted(metrics))}")
+        name, value = self._metric(metrics)
         sign = -1 if (settings.mode or metric_mode(name)) == "min" else 1
-        value = metrics[name]
         improved = progress.best is None or sign * (value - progress.best) > settings.min_delta
         if improved and math.isfinite(value):
             progress.best, progress.best_step, progress.evaluations_without_improvement = value, progress.step, 0
@@ -192,11 +196,19 @@ class Loop:
         progress.evaluations_without_improvement += 1
         if settings.patience and progress.evaluations_without_improvement >= settings.patience:
             progress.stopped_early = True
+            best = "any number" if progress.best is None else f"{progress.best:.6g} (step {progress.best_step})"
             self.log.message(
-                f"stopped early after step {progress.step}: {name} has not improved on {progress.best:.6g} (step "
-                f"{progress.best_step}) in {settings.patience} evaluations"
+                f"stopped early after step {progress.step}: {name} has not improved on {best} in "
+                f"{settings.patience} evaluations"
             )
         return False
+
+    def _metric(self, metrics: Mapping[str, float]) -> tuple[str, float]:
+        """Name and value of what makes a checkpoint the best one. Raises ConfigError where it is not measured."""
+        name = self.config.eval.metric or ("eval/reward" if self.method.source == "prompts" else "eval/loss")
+        if name not in metrics:
+            raise ConfigError(f"eval.metric is {name!r}, but the evaluation measures {', '.join(sorted(metrics))}")
+        return name, metrics[name]
 
 
 def weighed(batch: Batch, method: Method, config: RunConfig) -> Batch:
