@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from whet.backends.device import Arithmetic, choose
 from whet.backends.local import LocalBackend, WithoutAdapter
 from whet.backends.protocol import Backend
-from whet.checkpoints.folder import check_folder, claimed
+from whet.checkpoints.folder import RUN_FILE, check_folder, claimed, writing
+from whet.checkpoints.save import publish
 from whet.config.loader import dump
 from whet.config.plugin import resolve
 from whet.config.run import RunConfig
@@ -55,8 +56,7 @@ class Policy:
     def engine(self) -> Engine:
         """A new engine over the policy's own weights."""
         config = self.config.engine
-        make = resolve(config.use, ENGINES, what="engine", where="engine.use")
-        return make(
+        return _engine_maker(self.config)(
             self.backend.model,
             self.tokenizer,
             stop_token_ids=self.stop_token_ids,
@@ -81,7 +81,8 @@ class Run:
         config, loop = self.policy.config, self.loop
         # Nothing is written before: what is refused, or only predicts, leaves the files of an earlier run alone.
         with claimed(config.output_dir) as folder:
-            (folder / "run.yaml").write_text(dump(config), encoding="utf-8")
+            with writing(folder / RUN_FILE):
+                (folder / RUN_FILE).write_text(dump(config), encoding="utf-8")
             total_steps = loop.schedule.total_steps
             with RunLog(folder, config.log, total_steps=total_steps, resume_step=loop.global_step) as log:
                 await loop.run(log)
@@ -94,11 +95,15 @@ class Run:
     def _finish(self, log: RunLog, folder: Path) -> None:
         if self.keeper.restore_best(self.loop):
             log.message(f"the weights are those of step {self.loop.progress.best_step}, the best evaluation")
+        publish(folder, self._export)
+        log.message(f"the final model is in {folder}")
+
+    def _export(self, folder: Path) -> None:
         self.policy.backend.export_weights(folder)
         config = self.policy.config
+        name = Path(config.output_dir).resolve().name
         settings = {"base_model": config.model.path, "method": config.method, "settings": dump(config)}
-        write_card(folder, **settings, metrics=self.loop.progress.last_eval)
-        log.message(f"the final model is in {folder}")
+        write_card(folder, name=name, **settings, metrics=self.loop.progress.last_eval)
 
 
 def compose(config: RunConfig, method: Method | None = None) -> Run:
@@ -108,7 +113,8 @@ def compose(config: RunConfig, method: Method | None = None) -> Run:
     before it is loaded.
     """
     method = method or method_of(config)
-    check_folder(config.output_dir)
+    _engine_maker(config)
+    check_folder(config.output_dir, config.model)
     keeper = Keeper(config)
     feed, tokenizer = _feed(config, method)
     schedule = plan(config, len(feed), rollouts=method.source == "prompts")
@@ -145,6 +151,8 @@ def load_policy(config: RunConfig, method: Method, tokenizer: PreTrainedTokenize
     """
     make = resolve(config.backend.use, BACKENDS, what="backend", where="backend.use")
     arithmetic = choose(config.backend)
+    if train and arithmetic.device.type == "cpu" and config.model.dtype == "float16":
+        raise ConfigError("model.dtype is 'float16', which a CPU does not train in; use float32 or bfloat16")
     torch.manual_seed(config.seed)
     temperature = config.rollout.temperature if method.source == "prompts" else 1.0
     common = {"attention": config.model.attention, "temperature": temperature}
@@ -160,8 +168,18 @@ def load_policy(config: RunConfig, method: Method, tokenizer: PreTrainedTokenize
     return Policy(config, method, tokenizer, stop_token_ids(model, tokenizer), arithmetic, backends)
 
 
+def _engine_maker(config: RunConfig) -> Any:
+    return resolve(config.engine.use, ENGINES, what="engine", where="engine.use")
+
+
 def _feed(config: RunConfig, method: Method) -> tuple[RowFeed | PromptFeed, PreTrainedTokenizerBase]:
     """Read and check the data, after what can be known of the model without its weights."""
-    check_model_folder(config.model)
+    positions = check_model_folder(config.model)
     tokenizer = load_tokenizer(config.model)
-    return (PromptFeed if method.source == "prompts" else RowFeed)(config, tokenizer), tokenizer
+    feed = (PromptFeed if method.source == "prompts" else RowFeed)(config, tokenizer)
+    if positions is not None and feed.longest > positions:
+        raise ConfigError(
+            f"the longest sequence has {feed.longest:,} tokens, but the model has {positions:,} positions "
+            f"(max_position_embeddings in its config.json); {feed.remedy}, or use a model that reads further"
+        )
+    return feed, tokenizer

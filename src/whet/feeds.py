@@ -53,6 +53,16 @@ class RowFeed:
     def __len__(self) -> int:
         return len(self.train) if self.train is not None else 0
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the model will see."""
+        return max(part.longest_sample for part in (self.train, self.eval) if part is not None)
+
+    @property
+    def remedy(self) -> str:
+        """What makes the longest sequence shorter."""
+        return f"lower data.max_length (now {self.config.data.max_length:,})"
+
     def connect(self, method: Method, policy: Backend, engine: Engine | None, stops: Sequence[int]) -> Connected:
         """The source over the rows, and the losses on the held-out ones."""
         config = self.config
@@ -85,6 +95,18 @@ class PromptFeed:
 
     def __len__(self) -> int:
         return len(self.train) if self.train is not None else 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the model may see: a prompt and a whole completion."""
+        sampled = self.config.rollout.max_tokens
+        parts = [(self.train, sampled), (self.eval, self.config.eval.max_tokens or sampled)]
+        return max(tokens + part.longest_prompt for part, tokens in parts if part is not None)
+
+    @property
+    def remedy(self) -> str:
+        """What makes the longest sequence shorter."""
+        return "lower data.max_prompt_length, rollout.max_tokens or eval.max_tokens"
 
     def connect(self, method: Method, policy: Backend, engine: Engine | None, stops: Sequence[int]) -> Connected:
         """The source that samples from the engine, and the evaluation on held-out prompts."""

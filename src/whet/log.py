@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from whet.checkpoints.folder import writing
 from whet.config.train import LogConfig
 from whet.errors import CheckpointError, ConfigError
 
@@ -42,10 +43,11 @@ class RunLog:
         self._config = config
         self._total_steps = total_steps
         self.path = Path(output_dir) / METRICS_FILE
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        drop_lines_after(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = _open_board(self.path.parent / "tensorboard", resume_step) if config.tensorboard else None
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            drop_lines_after(self.path, resume_step)
+            self._file = self.path.open("a", encoding="utf-8")
+            self._board = _open_board(self.path.parent / "tensorboard", resume_step) if config.tensorboard else None
         self._meter = _Meter(total_steps, resume_step) if config.progress else None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -68,11 +70,12 @@ class RunLog:
 
     def close(self) -> None:
         """Close the files and take leave of the progress bar. May be called twice."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
         if self._meter:
             self._meter.close()
+        with writing(self.path):
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -84,11 +87,12 @@ class RunLog:
         for name, value in metrics.items():
             assert isinstance(value, int | float), f"metric {name} is a {type(value).__name__}, not a plain number"
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+        with writing(self.path):
+            self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+            self._file.flush()
+            if self._board is not None:
+                for name, value in metrics.items():
+                    self._board.add_scalar(name, value, step)
 
 
 class _Meter:

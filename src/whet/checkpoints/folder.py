@@ -9,11 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from whet.config.model import ModelConfig
 from whet.errors import CheckpointError
+from whet.models.source import ADAPTER_CONFIG, adapter_base
+
+RUN_FILE = "run.yaml"
+"""The resolved configuration, in the folder of every run."""
 
 
-def check_folder(root: str | Path) -> None:
-    """Raises CheckpointError where a run could not leave its files, or another run is leaving its own.
+def check_folder(root: str | Path, model: ModelConfig) -> None:
+    """Raises CheckpointError where a run could not leave its files, or would spoil what is there.
 
     Makes nothing: a run that is refused for another reason leaves no trace.
     """
@@ -26,8 +31,28 @@ def check_folder(root: str | Path) -> None:
             f"output_dir is {str(root)!r}, but {present} is not writable; make it writable, or set output_dir to "
             "another folder"
         )
+    _check_model_in(root, model)
     if root.is_dir():
         os.close(_lock(root))
+
+
+def _check_model_in(root: Path, model: ModelConfig) -> None:
+    """The final model must replace neither the one that the run begins with, nor one of another kind or origin."""
+    if root.resolve() == Path(model.path).expanduser().resolve():
+        raise CheckpointError(
+            f"output_dir is {str(root)!r}, the folder of model.path: the final model would be written over what the "
+            "run began with; set output_dir to another folder"
+        )
+    left = [name for name in ("config.json", ADAPTER_CONFIG) if (root / name).is_file()]
+    if left and not (root / RUN_FILE).is_file():
+        raise CheckpointError(f"output_dir {root} holds a model that no run left there; set it to another folder")
+    is_adapter = model.adapter is not None or adapter_base(model) is not None
+    ours = ADAPTER_CONFIG if is_adapter else "config.json"
+    if left and left != [ours]:
+        raise CheckpointError(
+            f"output_dir {root} holds {left[0]} of an earlier run, and this one would put {ours} beside it, a mix of "
+            "two models; set output_dir to another folder, or empty it"
+        )
 
 
 @contextmanager
@@ -37,15 +62,24 @@ def claimed(root: str | Path) -> Iterator[Path]:
     Raises CheckpointError where it cannot be made, or while another run has it.
     """
     root = Path(root)
-    try:
+    with writing(root):
         root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"output_dir {root} cannot be made: {error}; set it to another folder") from error
     descriptor = _lock(root)
     try:
         yield root
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the operating system says when a file of a run cannot be written, as CheckpointError with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error}; make room or make it writable, or set output_dir to another folder"
+        ) from error
 
 
 def _lock(root: Path) -> int:

@@ -16,7 +16,7 @@ from whet.errors import CheckpointError
 MARKER = "complete.json"
 FOLDER = re.compile(r"checkpoint-(\d+)")
 # A folder on its way in or out (tmp), and one that makes room for its successor (old).
-HIDDEN = re.compile(r"\.(checkpoint-\d+)\.(tmp|old)-(\d+)")
+HIDDEN = re.compile(r"\.(checkpoint-\d+|final)\.(tmp|old)-(\d+)")
 CHUNK_BYTES = 1 << 22
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -47,7 +47,7 @@ def write(root: str | Path, step: int, fill: Callable[[Path], None]) -> Path:
         _sync(root)
     except Exception as error:
         if _is_about_the_disk(error):
-            raise CheckpointError(_explain(root, step, error)) from error
+            raise CheckpointError(_explain(root, f"checkpoint {step}", error)) from error
         raise
     finally:
         _in_flight.difference_update((draft, retired))
@@ -55,6 +55,35 @@ def write(root: str | Path, step: int, fill: Callable[[Path], None]) -> Path:
             recover(root)
             remove_leftovers(root)
     return final
+
+
+def publish(root: str | Path, fill: Callable[[Path], None]) -> None:
+    """Put what `fill` writes into the empty folder it is given into `root` itself, each file whole or as it was.
+
+    Weights of an earlier model that the new one has not are removed. Raises CheckpointError when the files
+    cannot be written; what was there is then as it was.
+    """
+    root = Path(root)
+    draft = root.absolute() / f".final.tmp-{os.getpid()}"
+    try:
+        remove_leftovers(root)
+        draft.mkdir()
+        fill(draft)
+        files = sorted(draft.iterdir())
+        for path in files:
+            _sync(path)
+        for path in files:
+            path.replace(root / path.name)
+        for path in root.glob("model*.safetensors*"):
+            if path.name not in {file.name for file in files}:
+                path.unlink()
+        _sync(root)
+    except Exception as error:
+        if _is_about_the_disk(error):
+            raise CheckpointError(_explain(root, "the final model", error)) from error
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def prune(root: str | Path, keep: int | None, protect: Iterable[Path] = ()) -> list[Path]:
@@ -155,11 +184,11 @@ def _is_about_the_disk(error: Exception) -> bool:
     return isinstance(error, OSError) or "os error" in str(error)
 
 
-def _explain(root: Path, step: int, error: Exception) -> str:
+def _explain(root: Path, what: str, error: Exception) -> str:
     said = " ".join(str(error).split())
     if getattr(error, "errno", None) in FULL or any(f"os error {number}" in said for number in FULL):
         free = shutil.disk_usage(root).free / 2**20
         remedy = f"free some space ({free:.0f} MiB left) or keep fewer checkpoints (checkpoint.keep)"
     else:
         remedy = "make the folder writable, or set output_dir to another"
-    return f"checkpoint {step} could not be written to {root}: {said}; {remedy}. Earlier checkpoints are unharmed"
+    return f"{what} could not be written to {root}: {said}; {remedy}. Earlier checkpoints are unharmed"

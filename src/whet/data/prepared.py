@@ -105,6 +105,11 @@ class Prepared:
         """[U] int64, tokens per unit, summed over its samples."""
         return np.diff(_bounds(self.arrays), prepend=0)[self.selection]
 
+    @property
+    def longest_sample(self) -> int:
+        """Tokens of the longest sample, held-out ones of the same files included."""
+        return int(np.diff(self.arrays.sample_ends, prepend=0).max())
+
     def origin(self, i: int) -> str:
         """Where the row of the i-th unit stands, as in `train.jsonl:18`."""
         unit = self.selection[i]

@@ -49,6 +49,11 @@ class Prompts:
     def __getitem__(self, i: int) -> Prompt:
         return self.prompts[i]
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that was kept."""
+        return max(len(prompt.tokens) for prompt in self.prompts)
+
     def hold_out(self, share: float, seed: int) -> tuple[Prompts, Prompts]:
         """Two parts, the second with about `share` of the prompts; see `Prepared.hold_out`."""
         held = [held_out(np.array(prompt.tokens, dtype=np.int32).tobytes(), share, seed) for prompt in self.prompts]

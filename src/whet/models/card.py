@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def write_card(
-    folder: str | Path, *, base_model: str, method: str, settings: str, metrics: Mapping[str, float]
+    folder: Path, *, name: str, base_model: str, method: str, settings: str, metrics: Mapping[str, float]
 ) -> None:
-    """Write `README.md` into a model folder: base model, method, evaluation, settings (YAML)."""
+    """Write `README.md` into a model folder: name, base model, method, evaluation, settings (YAML)."""
     rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in sorted(metrics.items()))
     evaluation = f"## Evaluation\n\n| metric | value |\n|---|---|\n{rows}\n" if rows else ""
     text = (
-        f"---\nlibrary_name: transformers\ntags: [whet, {method}]\n---\n\n# {Path(folder).resolve().name}\n\n"
+        f"---\nlibrary_name: transformers\ntags: [whet, {method}]\n---\n\n# {name}\n\n"
         f"Trained from `{base_model}` with `whet {method}`.\n\n{evaluation}## Settings\n\n```yaml\n{settings}```\n"
     )
-    (Path(folder) / "README.md").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(text, encoding="utf-8")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from whet.config.model import ModelConfig
+from whet.config.model import FreezeConfig, ModelConfig
 from whet.errors import ModelError
 from whet.models import adapters
 from whet.models.parts import base
@@ -22,11 +22,12 @@ logger = logging.getLogger(__name__)
 PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
 
-def check_model_folder(cfg: ModelConfig) -> None:
+def check_model_folder(cfg: ModelConfig) -> int | None:
     """Raises ModelError for what can be known to be wrong without loading the weights.
 
-    Looks for configuration, architecture, weights, tokenizer and chat template, and whether the
-    embedding has a row for every token.
+    Looks for configuration, architecture, weights, tokenizer and chat template, whether the embedding has a
+    row for every token, and whether adapter and freezing name what the model has. Returns how many positions
+    the model has, None where it sets no limit.
     """
     inner = adapter_base(cfg) or cfg
     config = load_config(inner)
@@ -34,6 +35,9 @@ def check_model_folder(cfg: ModelConfig) -> None:
     if folder.is_dir():
         check_weights(folder)
     _check_vocabulary(config, load_tokenizer(cfg))
+    if inner is cfg and (cfg.adapter is not None or cfg.freeze != FreezeConfig()):
+        _rehearse(cfg, config)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
@@ -131,6 +135,19 @@ def _repair_generation_config(model: PreTrainedModel) -> None:
         model.generation_config.validate(strict=True)
     except ValueError:
         model.generation_config.do_sample = True
+
+
+def _rehearse(cfg: ModelConfig, config: PreTrainedConfig) -> None:
+    """Adapter and freezing on a model without weights: a name that does not fit is said before they are read."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+        except Exception as error:  # the code of a model may need real weights; then it is said when they are there
+            logger.debug("no rehearsal without weights: %s", error)
+            return
+        if cfg.adapter is not None:
+            model = adapters.add_adapter(model, cfg.adapter)
+        adapters.freeze(model, cfg.freeze)
 
 
 def _check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
