@@ -8,6 +8,7 @@ import asyncio
 from whet.answer import answers
 from whet.compose import load_policy
 from whet.config.run import RunConfig
+from whet.errors import ModelError
 from whet.models.load import check_model_folder, load_tokenizer
 from whet.recipe import method_of
 from whet.types import Message, Sampling
@@ -21,7 +22,10 @@ def talk(options: argparse.Namespace) -> None:
     """
     config = RunConfig.model_validate({"model": {"path": options.model}})
     check_model_folder(config.model)
-    policy = load_policy(config, method_of(config), load_tokenizer(config.model), train=False)
+    tokenizer = load_tokenizer(config.model)
+    if not options.plain and not tokenizer.chat_template:
+        raise ModelError(f"{options.model} has no chat template, so it cannot talk; use --plain to complete text")
+    policy = load_policy(config, method_of(config), tokenizer, train=False)
     messages: list[Message] = [{"role": "system", "content": options.system}] if options.system else []
     seed = options.seed
     while line := _read_line():

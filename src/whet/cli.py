@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WhetError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except SystemExit as end:  # argparse has said what is wrong, or has helped
+        return int(end.code or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -126,10 +128,7 @@ def _orderly_end(request_stop: Callable[[], None]) -> Iterator[None]:
 
 def _eval(arguments: list[str]) -> int:
     if _asks_help(arguments):
-        print(
-            "whet eval CONFIG.yaml [--section.key value …]\n\nEvaluates model.path on data.eval: the losses of sft, or"
-        )
-        print("with method: grpo the reward of sampled completions. Prints one metric per line.")
+        print(EVAL_HELP, end="")
         return 0
     config = _load(None, arguments, trains=False)
     from whet.compose import evaluate
@@ -148,10 +147,12 @@ def _chat(arguments: list[str]) -> int:
     parser.add_argument("--system", help="system message")
     parser.add_argument("--max-tokens", type=int, default=512, help="longest answer in tokens (default 512)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default 1, off)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first answer; each further one adds 1")
     parser.add_argument("--plain", action="store_true", help="complete plain text, without the chat template")
     options = parser.parse_args(arguments)
+    if options.max_tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+        parser.error("--max-tokens must be at least 1, --temperature at least 0, --top-p above 0 and at most 1")
     from whet.chat import talk
 
     talk(options)

@@ -56,7 +56,7 @@ class RowFeed:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence that the model will see."""
-        return max(part.longest_sample for part in (self.train, self.eval) if part is not None)
+        return max((part.longest_sample for part in (self.train, self.eval) if part is not None), default=0)
 
     @property
     def remedy(self) -> str:
@@ -101,7 +101,7 @@ class PromptFeed:
         """Tokens of the longest sequence that the model may see: a prompt and a whole completion."""
         sampled = self.config.rollout.max_tokens
         parts = [(self.train, sampled), (self.eval, self.config.eval.max_tokens or sampled)]
-        return max(tokens + part.longest_prompt for part, tokens in parts if part is not None)
+        return max((tokens + part.longest_prompt for part, tokens in parts if part is not None), default=0)
 
     @property
     def remedy(self) -> str:
