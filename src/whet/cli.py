@@ -67,12 +67,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from whet.log import quiet_libraries, setup_logging
 
+    # Before PyTorch is loaded: threads that wait for one another sleep, or a busy core costs a factor of five.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     quiet_libraries()
     setup_logging()
     try:
         return COMMANDS[command](rest)
     except WhetError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        print(
+            f"{error.filename or 'a file'}: {error.strerror}; change its permissions, or run as its owner",
+            file=sys.stderr,
+        )
         return 2
     except SystemExit as end:  # argparse has said what is wrong, or has helped
         return int(end.code or 0)

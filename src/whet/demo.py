@@ -1,7 +1,8 @@
 """`whet demo`: a model made from nothing learns to add, by supervised fine-tuning and then by its own tries.
 
-Every sum of two numbers below 100 is a problem; some are held out and never trained on. Fine-tuning sees
-worked sums; reinforcement learning sees only the questions, and whether an answer was right.
+Every sum of three digits is a problem; a fifth of them is held out and never trained on. The worked sums for
+fine-tuning are sloppy, as found data is: from ten on, most forget the tens (7+8+5=0). Reinforcement learning
+sees only the questions, and whether an answer was right.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +29,25 @@ from whet.log import METRICS_FILE, console
 from whet.models.tiny import make_tiny
 from whet.view.curves import Panel, draw_curves
 
-LIMIT = 100
-NUM_HELD_OUT = 400
-NUM_WORKED = 4000
+NUM_HELD_OUT = 200
+NUM_WORKED = 6000
+SLOPPY = 0.6
+"""Share of the worked sums from ten on that lack their tens."""
 MARK = ".whet-demo"
 
 MODEL = {"hidden_size": 128, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32}
 SFT = {
-    "train": {"steps": 300, "batch_size": 128},
-    "optim": {"lr": 2e-3, "warmup_ratio": 0.05},
-    "eval": {"every_steps": 100},
+    "train": {"steps": 250, "batch_size": 128},
+    "optim": {"lr": 1e-3, "warmup_ratio": 0.05},
+    "eval": {"every_steps": 50},
 }
 GRPO = {
-    "train": {"steps": 200},
-    "optim": {"lr": 2e-4, "warmup_steps": 5, "schedule": "constant", "weight_decay": 0.0},
-    "rollout": {"prompts_per_step": 32, "group_size": 8, "max_tokens": 5},
+    "train": {"steps": 80},
+    "optim": {"lr": 2e-4, "warmup_steps": 5, "weight_decay": 0.0, "beta2": 0.95},
+    "rollout": {"prompts_per_step": 64, "group_size": 8, "max_tokens": 4},
     "engine": {"max_concurrent": 512},
     "reward": {"use": "exact"},
-    "eval": {"every_steps": 25, "temperature": 0.0},
+    "eval": {"every_steps": 10, "temperature": 0.0},
 }
 PANELS = (
     Panel("Fine-tuning: loss", ("loss", "eval/loss"), y_label="nats per token", run="sft"),
@@ -71,13 +74,13 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     folder = _fresh(options.output_dir)
     say = console().print
-    say(f"[bold]1. A model and {LIMIT * LIMIT:,} problems from nothing[/bold], seed {options.seed}")
+    say(f"[bold]1. A model and a thousand sums from nothing[/bold], seed {options.seed}")
     write_problems(folder, options.seed)
     make_tiny(folder / "model", intermediate_size=384, max_positions=128, seed=options.seed, **MODEL)
     before, _ = asyncio.run(evaluate(grpo_config(folder, options.seed, model="model")))
     stages = [Stage("made from nothing", before["eval/reward"])]
 
-    say(f"[bold]2. Supervised fine-tuning[/bold] on {NUM_WORKED:,} worked sums")
+    say(f"[bold]2. Supervised fine-tuning[/bold] on {NUM_WORKED:,} worked sums, {SLOPPY:.0%} of which forget the tens")
     seconds, tokens, _ = _train(sft_config(folder, options.seed))
     after, _ = asyncio.run(evaluate(grpo_config(folder, options.seed, model="sft")))
     stages.append(Stage("after SFT", after["eval/reward"], seconds, tokens / seconds))
@@ -97,20 +100,26 @@ def main(arguments: Sequence[str]) -> int:
 
 def write_problems(folder: Path, seed: int) -> None:
     """`worked.jsonl`, `questions.jsonl` and `held_out.jsonl`; no sum of the last is in the other two."""
-    problems = [(a, b) for a in range(LIMIT) for b in range(LIMIT)]
-    random.Random(seed).shuffle(problems)
+    rng = random.Random(seed)
+    problems = list(product(range(10), repeat=3))
+    rng.shuffle(problems)
     held_out, rest = problems[:NUM_HELD_OUT], problems[NUM_HELD_OUT:]
-    worked = [_worked(problem) for problem in rest[:NUM_WORKED]]
-    files = {"worked": worked}
-    for name, part in (("questions", rest), ("held_out", held_out)):
-        files[name] = [{**row, "label": row["response"]} for row in map(_worked, part)]
-    for name, rows in files.items():
+    worked = []
+    for digits in rng.choices(rest, k=NUM_WORKED):
+        row = _question(digits)
+        sloppy = rng.random() < SLOPPY
+        worked.append({"prompt": row["prompt"], "response": row["label"][-1] if sloppy else row["label"]})
+    for name, rows in (
+        ("worked", worked),
+        ("questions", [_question(digits) for digits in rest]),
+        ("held_out", [_question(digits) for digits in held_out]),
+    ):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _worked(problem: tuple[int, int]) -> dict[str, str]:
-    a, b = problem
-    return {"prompt": f"{a}+{b}=", "response": str(a + b)}
+def _question(digits: tuple[int, ...]) -> dict[str, str]:
+    answer = str(sum(digits))
+    return {"prompt": "+".join(map(str, digits)) + "=", "response": answer, "label": answer}
 
 
 def sft_config(folder: Path, seed: int) -> RunConfig:
@@ -132,6 +141,7 @@ def _config(method: str, folder: Path, seed: int, model: str, data: dict[str, st
         "seed": seed,
         "data": {**data, "cache_dir": str(folder / "cache")},
         "log": {"tensorboard": False},
+        "backend": {"threads": 1},  # so small a model gains nothing from more, and loses much on a busy machine
     }
     return from_values({**common, **settings}, method=method, where="the demo").config
 
