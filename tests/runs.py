@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pkgutil
 import signal
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,24 +97,28 @@ def killed(config: RunConfig, target: str, call: int, when: str) -> int:
 
     `target` is a dotted path, as in `whet.keeper.save_rng`. Returns the exit code, -9 if the moment came.
     """
-    return in_process(_train_and_die, config, target, call, when)
+    return in_process(_train_and_die, config, target, call, when)[0]
 
 
-def in_process(function: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> int:
-    """The exit code of a function of ours in a process of its own; what it returns is the code if it is a number."""
-    process = _processes.Process(target=_exit_with, args=(function, *arguments))
-    process.start()
-    process.join(timeout_s)
-    assert process.exitcode is not None, f"{function.__name__} did not end within {timeout_s} s"
-    return process.exitcode
+def in_process(function: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> tuple[int, str]:
+    """Exit code and standard error of a function of ours in a process of its own; the code is what it returns."""
+    with tempfile.NamedTemporaryFile("r") as said:
+        process = _processes.Process(target=_exit_with, args=(said.name, function, *arguments))
+        process.start()
+        process.join(timeout_s)
+        if process.exitcode is None:
+            process.kill()
+        assert process.exitcode is not None, f"{function.__name__} did not end within {timeout_s} s"
+        return process.exitcode, said.read()
 
 
-def _exit_with(function: Callable[..., Any], *arguments: Any) -> None:
+def _exit_with(said: str, function: Callable[..., Any], *arguments: Any) -> None:
+    os.dup2(os.open(said, os.O_WRONLY), 2)
+    torch.set_num_threads(1)
     raise SystemExit(function(*arguments))
 
 
 def _train_and_die(config: RunConfig, target: str, call: int, when: str) -> None:
-    torch.set_num_threads(1)
     with at_call(target, call, when, lambda: os.kill(os.getpid(), signal.SIGKILL)):
         train(config)
 

@@ -238,6 +238,8 @@ def test_the_exported_folder_is_a_plain_transformers_model(config, tmp_path: Pat
         assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_qwen).chat_template
         assert "whet" not in (folder / "config.json").read_text()
         assert "attn" not in (folder / "config.json").read_text()
+        # Others may read it: safetensors by itself writes for the owner alone.
+        assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
     assert (tmp_path / "out" / "README.md").is_file()
     assert (tmp_path / "out" / "run.yaml").is_file()
 
@@ -363,7 +365,6 @@ def test_another_seed_is_refused_and_another_length_is_not(config, rows: str, tm
 
 def _interrupted(arguments: list[str], metrics_file: Path, signal_number: int, lines: int) -> int:
     """The command line in this process, with a signal after so many lines of metrics."""
-    torch.set_num_threads(1)
 
     def watch() -> None:
         while not metrics_file.exists() or metrics_file.read_text().count("\n") < lines:
@@ -378,7 +379,7 @@ def _interrupted(arguments: list[str], metrics_file: Path, signal_number: int, l
 def test_an_interrupt_ends_in_order_with_a_checkpoint(config, tmp_path: Path, tiny_qwen: Path, rows: str, number):
     flags = {"model.path": str(tiny_qwen), "data.train": rows, "data.cache_dir": str(tmp_path / "cache"), **QUIET}
     flags |= {"optim.lr": 1e-3, "optim.schedule": "constant", "train.steps": 400, "output_dir": str(tmp_path / "out")}
-    assert in_process(_interrupted, ["sft", *flags_of(flags)], tmp_path / "out" / "metrics.jsonl", number, 3) == 130
+    assert in_process(_interrupted, ["sft", *flags_of(flags)], tmp_path / "out" / "metrics.jsonl", number, 3)[0] == 130
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     step = int(checkpoint.name.removeprefix("checkpoint-"))
     assert 3 <= step < 400

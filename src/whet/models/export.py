@@ -32,6 +32,10 @@ def save_model(
     else:
         _save_weights(model, tokenizer, folder, dtype)
     tokenizer.save_pretrained(folder)
+    # safetensors writes files that only their owner may read; an engine may well run as someone else.
+    mode = (folder / "tokenizer_config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def _save_weights(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None):

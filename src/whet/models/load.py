@@ -115,10 +115,16 @@ def _load_weights(cfg: ModelConfig) -> PreTrainedModel:
         check_weights(folder)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            **locate(cfg), dtype=getattr(torch, cfg.dtype), output_loading_info=True
+            **locate(cfg), dtype=getattr(torch, cfg.dtype), output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         translate(cfg, "its weights cannot be loaded", error)
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, wanted = mismatched[0]
+        raise ModelError(
+            f"model.path is {cfg.path!r}, but its weights cannot be loaded: {len(mismatched)} have another shape than "
+            f"config.json says ({name} is {list(found)}, expected {list(wanted)}); copy both again"
+        )
     # Weights that are missing would be drawn at random: a reward model has no language-model head.
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
