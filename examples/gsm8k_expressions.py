@@ -88,7 +88,7 @@ def question(annotation: str) -> tuple[str, str]:
         raise Skipped("without an operation")
     if value != Fraction(answer):
         raise Skipped("not exact")
-    return asked, decimal(value)
+    return asked, decimal(Fraction(answer))
 
 
 def value_of(node: ast.expr) -> Fraction:
