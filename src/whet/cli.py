@@ -61,9 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         from whet.config.names import did_you_mean
 
-        print(
-            f"whet: there is no command {command!r}{did_you_mean(command, COMMANDS)} Try whet --help", file=sys.stderr
-        )
+        nearest = did_you_mean(command, COMMANDS) or "."
+        print(f"whet: there is no command {command!r}{nearest} Try whet --help", file=sys.stderr)
         return 2
     from whet.log import quiet_libraries, setup_logging
 

@@ -80,7 +80,7 @@ class Run:
         """Train, end with the best weights if asked to, and export. Returns the last evaluation."""
         config, loop = self.policy.config, self.loop
         # Nothing is written before: what is refused, or only predicts, leaves the files of an earlier run alone.
-        with claimed(config.output_dir) as folder:
+        with claimed(self.keeper.root) as folder:
             with writing(folder / RUN_FILE):
                 (folder / RUN_FILE).write_text(dump(config), encoding="utf-8")
             total_steps = loop.schedule.total_steps
@@ -96,7 +96,7 @@ class Run:
         if self.keeper.restore_best(self.loop):
             log.message(f"the weights are those of step {self.loop.progress.best_step}, the best evaluation")
         publish(folder, self._export)
-        log.message(f"the final model is in {folder}")
+        log.message(f"the final model is in {self.policy.config.output_dir}")
 
     def _export(self, folder: Path) -> None:
         self.policy.backend.export_weights(folder)

@@ -37,17 +37,17 @@ MARK = ".whet-demo"
 
 MODEL = {"hidden_size": 128, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32}
 SFT = {
-    "train": {"steps": 250, "batch_size": 128},
-    "optim": {"lr": 1e-3, "warmup_ratio": 0.05},
-    "eval": {"every_steps": 50},
+    "train": {"steps": 450, "batch_size": 128},
+    "optim": {"lr": 2e-3, "warmup_ratio": 0.05},
+    "eval": {"every_steps": 150},
 }
 GRPO = {
-    "train": {"steps": 80},
+    "train": {"steps": 120},
     "optim": {"lr": 2e-4, "warmup_steps": 5, "weight_decay": 0.0, "beta2": 0.95},
     "rollout": {"prompts_per_step": 64, "group_size": 8, "max_tokens": 4},
     "engine": {"max_concurrent": 512},
     "reward": {"use": "exact"},
-    "eval": {"every_steps": 10, "temperature": 0.0},
+    "eval": {"every_steps": 20, "temperature": 0.0},
 }
 PANELS = (
     Panel("Fine-tuning: loss", ("loss", "eval/loss"), y_label="nats per token", run="sft"),
@@ -80,7 +80,9 @@ def main(arguments: Sequence[str]) -> int:
     before, _ = asyncio.run(evaluate(grpo_config(folder, options.seed, model="model")))
     stages = [Stage("made from nothing", before["eval/reward"])]
 
-    say(f"[bold]2. Supervised fine-tuning[/bold] on {NUM_WORKED:,} worked sums, {SLOPPY:.0%} of which forget the tens")
+    say(
+        f"[bold]2. Supervised fine-tuning[/bold] on {NUM_WORKED:,} worked sums, of which {SLOPPY:.0%} forget the tens, if any"
+    )
     seconds, tokens, _ = _train(sft_config(folder, options.seed))
     after, _ = asyncio.run(evaluate(grpo_config(folder, options.seed, model="sft")))
     stages.append(Stage("after SFT", after["eval/reward"], seconds, tokens / seconds))

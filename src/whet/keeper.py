@@ -20,9 +20,12 @@ class Keeper:
 
     def __init__(self, config: RunConfig):
         self.config = config
-        self.root = Path(config.output_dir)
+        # Whoever changes the working folder between two steps still has one run in one place.
+        self.root = Path(config.output_dir).absolute()
         self.found = choose(config.checkpoint.resume, self.root)
         """The checkpoint that this run goes on from, or None."""
+        if self.found is not None:
+            self._check_method(self.found)
 
     def save(self, loop: Loop, *, best: bool) -> Path:
         """Write weights, optimizer, data position, random states and progress; remove what is too old."""
@@ -31,7 +34,7 @@ class Keeper:
         def fill(folder: Path) -> None:
             loop.policy.save(folder)
             save_rng(folder)
-            state = {"progress": asdict(progress), "source": loop.source.state_dict()}
+            state = {"method": self.config.method, "progress": asdict(progress), "source": loop.source.state_dict()}
             write_json(state, folder / STATE_FILE)
 
         written = write(self.root, progress.step, fill)
@@ -50,6 +53,14 @@ class Keeper:
         loop.source.load_state_dict(state["source"])
         loop.progress = Progress(**state["progress"])
         load_rng(self.found)
+
+    def _check_method(self, folder: Path) -> None:
+        method = read_json(folder / STATE_FILE)["method"]
+        if method != self.config.method:
+            raise CheckpointError(
+                f"{folder} was made by {method}, and this is a run of {self.config.method}; give that checkpoint as "
+                "model.path to begin with its weights, and set output_dir to another folder"
+            )
 
     def restore_best(self, loop: Loop) -> bool:
         """Load the best checkpoint's weights for the end of the run. Returns whether there was one."""

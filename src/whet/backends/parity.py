@@ -76,6 +76,11 @@ def disagreement(forward: Forward, arithmetic: Arithmetic) -> str | None:
     try:
         with arithmetic.context():
             expected = own_logprobs(model, batch, forward.temperature)
+            if not torch.isfinite(expected).all():
+                raise ModelError(
+                    f"the logprobs of {type(base(model)).__name__}'s own forward are not finite; its weights hold NaN "
+                    "or infinity, or the precision overflows (model.dtype, backend.precision)"
+                )
             try:
                 if forward.mode != "rows" and (why := _hidden_mixing(model, arithmetic.device)):
                     return f"cannot be: {why}"

@@ -61,10 +61,8 @@ def _trains(config: RunConfig) -> Iterator[Problem]:
 
 
 def _needs(config: RunConfig) -> Iterator[Problem]:
-    if _reinforces(config) and not config.reward and config.env is None:
-        yield _problem(
-            "reward", "reward is missing: grpo needs one, as in reward.use: math (or an env that gives rewards)"
-        )
+    if _reinforces(config) and not config.reward:
+        yield _problem("reward", "reward is missing: grpo needs one, as in reward.use: math")
     if config.terms == []:
         yield _problem("terms", "terms is an empty list, so there is no loss; name a term or leave it out")
 

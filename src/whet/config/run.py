@@ -22,7 +22,7 @@ class LossConfig(Plugin):
     """How values become one number over the global batch: the mean over trained tokens (`token`), over
     sequences of their token means (`sequence`), the sum over tokens divided by sequences times the
     longest allowed completion (`fixed_length`), or the mean over pairs (`pair`). The default is the
-    method's."""
+    method's for its own loss, and `token` for any other loss over tokens."""
 
 
 class RunConfig(Config):

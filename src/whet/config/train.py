@@ -33,7 +33,7 @@ class EvalConfig(Config):
     at_end: bool = True
     """Evaluate after the last step."""
     batch_size: int | None = Field(default=None, ge=1)
-    """Units per evaluation batch; `train.batch_size` when not given."""
+    """Units per evaluation batch; 64 when not given. The result does not depend on it."""
     metric: str | None = None
     """What makes a checkpoint the best one, as in `eval/loss`. The default is `eval/loss`, or
     `eval/reward` for reinforcement learning."""

@@ -40,7 +40,7 @@ def read_jsonl(path: Path, problems: Problems) -> Rows:
                 continue
             place = f"{path}:{number}"
             try:
-                values = json.loads(line.decode("utf-8"))
+                values = json.loads(line.decode("utf-8").rstrip("\r\n"))  # an error at the end is one of this line
             except UnicodeDecodeError as error:
                 problems.add("undecodable", f"{place}: {_undecodable(line, error)}")
             except json.JSONDecodeError as error:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from whet.errors import TrainingError
 from whet.models.adapters import has_adapter
 from whet.models.parts import base
 
@@ -23,8 +24,9 @@ def save_model(
 
     A model with an adapter leaves the adapter alone (`adapter_model.safetensors`), which names its
     base model; any other leaves `model.safetensors`, in shards if large. Floating-point weights are
-    written in `dtype` when given.
+    written in `dtype` when given. Raises TrainingError, and writes nothing, where a trained weight is not finite.
     """
+    _require_finite(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if has_adapter(model):
@@ -36,6 +38,16 @@ def save_model(
     mode = (folder / "tokenizer_config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)
+
+
+def _require_finite(model: nn.Module) -> None:
+    """What follows from NaN is NaN: a checkpoint of it must not take the place of a good one."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise TrainingError(
+                f"{name} holds numbers that are not finite, so nothing was saved; go on from an earlier checkpoint "
+                "with a lower optim.lr"
+            )
 
 
 def _save_weights(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None):

@@ -25,17 +25,21 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         missing_file = names[0] if names else "model.safetensors"
         raise CheckpointError(f"{folder} holds no {missing_file}; is it a checkpoint of this run?")
     state = {key: tensor for name in names for key, tensor in load_file(folder / name).items()}
-    if has_adapter(model):
-        from peft import set_peft_model_state_dict
+    remedy = "it was saved from another model or with another adapter"
+    missing: list[str] = []
+    try:
+        if has_adapter(model):
+            from peft import set_peft_model_state_dict
 
-        unexpected = set_peft_model_state_dict(model, state).unexpected_keys
-        missing: list[str] = []
-    else:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        tied = set(getattr(model, "all_tied_weights_keys", {}))
-        missing = [key for key in missing if key not in tied]
+            unexpected = set_peft_model_state_dict(model, state).unexpected_keys
+        else:
+            missing, unexpected = model.load_state_dict(state, strict=False)
+            tied = set(getattr(model, "all_tied_weights_keys", {}))
+            missing = [key for key in missing if key not in tied]
+    except RuntimeError as error:  # tensors of another shape
+        first = str(error).strip().splitlines()[-1].strip()
+        raise CheckpointError(f"{folder} does not fit the model: {first}; {remedy}") from error
     if missing or unexpected:
         raise CheckpointError(
-            f"{folder} does not fit the model: missing {missing[:3]}, unknown {list(unexpected)[:3]}; "
-            "it was saved from another model or with another adapter"
+            f"{folder} does not fit the model: missing {missing[:3]}, unknown {list(unexpected)[:3]}; {remedy}"
         )

@@ -38,7 +38,7 @@ def locate(cfg: ModelConfig) -> dict[str, Any]:
     folder = Path(cfg.path).expanduser()
     common = {"trust_remote_code": cfg.trust_remote_code}
     if folder.is_dir():
-        return {"pretrained_model_name_or_path": str(folder), "local_files_only": True, **common}
+        return {"pretrained_model_name_or_path": str(folder.absolute()), "local_files_only": True, **common}
     if folder.exists():
         raise ModelError(f"model.path is {cfg.path!r}, a file; give the folder that holds config.json and the weights")
     try:
