@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from runs import QUIET, flags_of, in_process, metrics, saved_weights, sums
 from whet import cli
@@ -286,6 +287,14 @@ def test_eval_without_data_is_refused(case: Case, capsys):
 def test_weights_of_another_shape_are_refused(case: Case, refused):
     case.edit_config(vocab_size=300)
     refused(case, "[260, 64]", "[300, 64]", "config.json", loads=True)
+
+
+def test_weights_that_hold_nan_are_refused_before_the_first_step(case: Case, refused):
+    path = case.own_model() / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    refused(case, "not finite", "NaN", loads=True)
 
 
 def test_a_metric_that_is_not_measured_is_refused_before_the_first_step(case: Case, refused):

@@ -27,7 +27,7 @@ from runs import (
 )
 from whet.batch import Batch
 from whet.compose import Run, compose
-from whet.errors import RewardError
+from whet.errors import CheckpointError, RewardError
 from whet.losses import loss
 from whet.types import Episode
 
@@ -302,6 +302,15 @@ def test_what_is_sampled_does_not_depend_on_how_many_are_decoded_at_a_time(confi
     for name, concurrent in (("wide", 64), ("narrow", 3)):
         train(config(name, engine__max_concurrent=concurrent, train__steps=1))
     assert column(tmp_path / "wide", "rollout/reward") == column(tmp_path / "narrow", "rollout/reward")
+
+
+def test_the_folder_of_another_method_is_refused(config, tmp_path: Path, tiny_qwen: Path):
+    rows = write_rows(tmp_path / "rows.jsonl", sums(8))
+    sft = {"model__path": str(tiny_qwen), "data__train": rows, "train__steps": 1, "checkpoint__every_steps": 1}
+    train(config_of("sft", tmp_path / "out", **sft))
+    with pytest.raises(CheckpointError, match=r"checkpoint-1 was made by sft, and this is a run of grpo"):
+        compose(config())
+    train(config("next", model__path=str(tmp_path / "out" / "checkpoint-1"), train__steps=1))
 
 
 KILLS = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -35,7 +37,7 @@ from runs import (
 )
 from whet import cli
 from whet.compose import compose
-from whet.errors import CheckpointError, DataError
+from whet.errors import CheckpointError, DataError, TrainingError
 from whet.models.tiny import make_tiny
 
 LORA = {"model__adapter": {"rank": 4, "dropout": 0.2}, "optim__lr": 1e-2}
@@ -56,9 +58,10 @@ def held_out(tmp_path: Path) -> str:
 def config(tmp_path: Path, tiny_qwen: Path, rows: str):
     """A run of six steps over the sums; settings of the test's own go by keyword."""
 
-    def make(name: str = "out", **settings: Any):
+    def make(name: str | Path = "out", **settings: Any):
         base = {"model__path": str(tiny_qwen), "data__train": rows, "optim__lr": 1e-3, "train__steps": 6}
-        return config_of("sft", tmp_path / name, **{**base, **settings})
+        where = name if isinstance(name, Path) else tmp_path / name
+        return config_of("sft", where, **{**base, **settings})
 
     return make
 
@@ -353,6 +356,47 @@ def test_changed_data_are_refused(config, tmp_path: Path, rows: str):
     write_rows(Path(rows), [*sums(19), {"prompt": "1+1=", "response": "3"}])
     with pytest.raises(CheckpointError, match=r"made with other data: its content"):
         compose(config())
+
+
+@pytest.mark.parametrize(
+    "settings,text",
+    [
+        ({"model__freeze": {"layers": 1}}, "is for 24 trained tensors, but the model has 13"),
+        ({"model__path": "other"}, "does not fit the model: size mismatch"),
+    ],
+)
+def test_another_model_or_freezing_is_refused(config, tmp_path: Path, settings: dict, text: str):
+    train(config(checkpoint__every_steps=3, train__steps=3))
+    if "model__path" in settings:
+        settings = {"model__path": str(make_tiny(tmp_path / "other", hidden_size=32))}
+    with pytest.raises(CheckpointError, match=text):
+        compose(config(**settings))
+
+
+def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(config, tmp_path: Path):
+    run = compose(config(checkpoint__every_steps=1, checkpoint__keep=1))
+
+    def spoil(loop) -> None:
+        if loop.global_step == 3:
+            next(loop.policy.model.parameters()).data[0, 0] = math.nan
+
+    run.loop.callbacks.append(spoil)
+    with pytest.raises(TrainingError, match=r"embed_tokens.weight holds numbers that are not finite"):
+        asyncio.run(run.train())
+    assert [path.name for path in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-2"]
+    assert train(config()).loop.global_step == 6
+
+
+def test_a_run_stays_where_it_was_made_when_the_working_folder_changes(config, tmp_path: Path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    shutil.copytree(config().model.path, tmp_path / "here" / "model")
+    monkeypatch.chdir(tmp_path / "here")
+    run = compose(config(Path("out"), model__path="model", checkpoint__every_steps=3, **LORA))
+    monkeypatch.chdir(tmp_path / "there")
+    asyncio.run(run.train())
+    assert list((tmp_path / "there").iterdir()) == []
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "here" / "out")
 
 
 def test_another_seed_is_refused_and_another_length_is_not(config, rows: str, tmp_path: Path):
