@@ -162,6 +162,20 @@ def test_maxima_are_over_what_is_trained_and_never_infinite(model, units, backen
     assert all(math.isfinite(value) for value in backend.forward_backward(empty, policy).values())
 
 
+@loss()
+def reports_extremes(out, batch):
+    """Logprobs, which are 0, more than any trained token's, where nothing is trained."""
+    return out["logprobs"], {"logprob_max": out["logprobs"].detach()}
+
+
+@pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 1}])
+def test_a_maximum_does_not_see_untrained_tokens(settings: dict, model, units, backend_of):
+    backend, batch = backend_of(model, **settings), batch_of(units)
+    found = backend.forward_backward(batch, [Term("x", reports_extremes, "token")])["logprob_max"]
+    assert found == pytest.approx(backend.forward(batch, {"logprobs"})["logprobs"][batch.loss_mask].max().item())
+    assert found < 0
+
+
 def test_metrics_are_means_over_the_global_batch(model, units, backend_of):
     whole = backend_of(model).forward_backward(batch_of(units), SFT)
     parts = backend_of(model, micro_batch_size=1).forward_backward(batch_of(units), SFT)

@@ -216,3 +216,12 @@ def test_the_largest_tensor_is_noticed():
     with Largest() as largest:
         torch.ones(30, 7)
     assert largest.elements == 210
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "lengths"), [(10, 4, [3, 3, 4]), (8, 4, [4, 4]), (3, 4, [3]), (9, 1, [1] * 9)]
+)
+def test_chunks_are_few_and_as_long_as_each_other(count: int, most: int, lengths: list[int]):
+    spans = logprobs._even_spans(count, most)
+    assert [span.stop - span.start for span in spans] == lengths
+    assert [i for span in spans for i in range(count)[span]] == list(range(count))
