@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from whet.backends.device import Arithmetic, choose
 from whet.backends.local import LocalBackend, WithoutAdapter
 from whet.backends.protocol import Backend
-from whet.checkpoints.folder import RUN_FILE, check_folder, claimed, writing
+from whet.checkpoints.disk import writing
+from whet.checkpoints.folder import RUN_FILE, check_folder, claimed
 from whet.checkpoints.save import publish
 from whet.config.loader import dump
 from whet.config.plugin import resolve

@@ -80,9 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     before, _ = asyncio.run(evaluate(grpo_config(folder, options.seed, model="model")))
     stages = [Stage("made from nothing", before["eval/reward"])]
 
-    say(
-        f"[bold]2. Supervised fine-tuning[/bold] on {NUM_WORKED:,} worked sums, of which {SLOPPY:.0%} forget the tens, if any"
-    )
+    say(f"[bold]2. Supervised fine-tuning[/bold] on {NUM_WORKED:,} worked sums; {SLOPPY:.0%} drop the tens, if any")
     seconds, tokens, _ = _train(sft_config(folder, options.seed))
     after, _ = asyncio.run(evaluate(grpo_config(folder, options.seed, model="sft")))
     stages.append(Stage("after SFT", after["eval/reward"], seconds, tokens / seconds))

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from whet.checkpoints.folder import writing
+from whet.checkpoints.disk import writing
 from whet.config.train import LogConfig
 from whet.errors import CheckpointError, ConfigError
 

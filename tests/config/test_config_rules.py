@@ -140,7 +140,6 @@ def test_a_broken_rule_is_told_alone_with_value_and_remedy(base: dict, changes: 
 FINE = {
     "sft": (SFT, {}),
     "grpo": (GRPO, {}),
-    "an environment that rewards": (GRPO, {"reward": None, "env": "a.b:Env"}),
     "a pair": (GRPO, {"rollout.group_size": 2}),
     "a group of one with a credit of one's own": (GRPO, {"rollout.group_size": 1, "credit": "a.b:own"}),
     "as many steps as groups": (GRPO, {"rollout.prompts_per_step": 4, "rollout.optimizer_steps": 4}),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from whet.checkpoints.disk import writing
 from whet.config.model import ModelConfig
 from whet.errors import CheckpointError
 from whet.models.source import ADAPTER_CONFIG, adapter_base
@@ -69,17 +70,6 @@ def claimed(root: str | Path) -> Iterator[Path]:
         yield root
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the operating system says when a file of a run cannot be written, as CheckpointError with the remedy."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be written: {error}; make room or make it writable, or set output_dir to another folder"
-        ) from error
 
 
 def _lock(root: Path) -> int:
