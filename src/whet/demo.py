@@ -42,12 +42,12 @@ SFT = {
     "eval": {"every_steps": 150},
 }
 GRPO = {
-    "train": {"steps": 120},
+    "train": {"steps": 80},
     "optim": {"lr": 2e-4, "warmup_steps": 5, "weight_decay": 0.0, "beta2": 0.95},
     "rollout": {"prompts_per_step": 64, "group_size": 8, "max_tokens": 4},
     "engine": {"max_concurrent": 512},
     "reward": {"use": "exact"},
-    "eval": {"every_steps": 20, "temperature": 0.0},
+    "eval": {"at_start": True, "every_steps": 10, "temperature": 0.0},
 }
 PANELS = (
     Panel("Fine-tuning: loss", ("loss", "eval/loss"), y_label="nats per token", run="sft"),

@@ -151,6 +151,7 @@ def _draw(axes: Axes, panel: Panel, series: Sequence[_Series]) -> None:
     axes.set_ylabel(panel.y_label)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if panel.percent:
+        axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     if len(series) > 1:
         axes.legend(fontsize=8)
