@@ -41,25 +41,8 @@ def choose(config: BackendConfig) -> Arithmetic:
         raise ConfigError("backend.precision is fp16, which is unusably slow on a CPU; use bf16 or float32")
     if config.threads:
         torch.set_num_threads(config.threads)
-    matmul = _choose_matmul(device) if config.matmul == "auto" else config.matmul
+    # On CPUs `medium` goes through oneDNN, which compiles a kernel (1 ms, 1 MB) for every new shape; batches of
+    # ragged sequences bring new shapes at every step, so that what it gains on large products is lost again.
+    matmul = "highest" if config.matmul == "auto" else config.matmul
     torch.set_float32_matmul_precision(matmul)
     return Arithmetic(device, _DTYPES[precision], matmul)
-
-
-def _choose_matmul(device: torch.device, size: int = 512) -> str:
-    """`medium` where the processor has bf16 instructions and still errs at most four times as much as float32.
-
-    On such CPUs `medium` splits numbers into several bf16 parts, up to twice as fast; elsewhere it is bf16 in
-    disguise, or nothing. The choice follows from the processor alone, never from a timing: the same run must
-    give the same bits tomorrow.
-    """
-    if device.type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "highest"
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(size, size, generator=generator) for _ in range(2))
-    exact = a.double() @ b.double()
-    errors = {}
-    for precision in ("highest", "medium"):
-        torch.set_float32_matmul_precision(precision)
-        errors[precision] = float(((a @ b).double() - exact).abs().max())
-    return "medium" if errors["medium"] <= 4 * errors["highest"] else "highest"

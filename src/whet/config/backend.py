@@ -18,8 +18,8 @@ class BackendConfig(Config):
     """Arithmetic of the forward and backward pass; weights and optimizer keep `model.dtype`. `auto` is
     bf16 on a GPU and float32 on a CPU. fp16 scales the loss and needs a GPU."""
     matmul: Literal["auto", "highest", "high", "medium"] = "auto"
-    """Precision of float32 matrix products. `auto` takes `medium` on CPUs where it is faster and its
-    error, measured at the start, stays like float32's; `highest` elsewhere."""
+    """Precision of float32 matrix products. `auto` is `highest`. `high` allows TF32 on a GPU;
+    `medium` pays on some CPUs where batches have always the same shape."""
     threads: int = Field(default=0, ge=0)
     """CPU threads; 0 leaves PyTorch's choice."""
     max_tokens_per_device: int = Field(default=8192, ge=1)
