@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -27,6 +28,8 @@ logger = logging.getLogger("whet")
 METRICS_FILE = "metrics.jsonl"
 LINE_INTERVAL_S = 10.0
 _SHOWN = ("loss", "reward", "tokens_per_s")
+_TOLD = re.compile(r"eval/(loss|perplexity|mean_token_accuracy|reward|truncated_ratio|pass@\d+)")
+"""Metrics of an evaluation that are told at once; the file holds all."""
 
 
 class RunLog:
@@ -60,7 +63,8 @@ class RunLog:
         if evaluated or step == self._total_steps or step % self._config.every_steps == 0:
             self._write(step, metrics)
         if evaluated:
-            self.message(f"step {step}: {describe(evaluated)}")
+            shown = {name: value for name, value in evaluated.items() if _TOLD.fullmatch(name)}
+            self.message(f"step {step}: {describe(shown or evaluated)}")
         if self._meter and len(evaluated) < len(metrics):
             self._meter.show(step, metrics)
 
