@@ -36,7 +36,8 @@ class EvalConfig(Config):
     """Units per evaluation batch; 64 when not given. The result does not depend on it."""
     metric: str | None = None
     """What makes a checkpoint the best one, as in `eval/loss`. The default is `eval/loss`, or
-    `eval/reward` for reinforcement learning."""
+    `eval/reward` for reinforcement learning. When given, an evaluation before the first step makes sure that it
+    is measured."""
     mode: Literal["min", "max"] | None = None
     """Whether less or more of `metric` is better; found from its name when not given."""
     patience: int | None = Field(default=None, ge=1)
