@@ -29,5 +29,5 @@ class BackendConfig(Config):
     """Most units in one micro-batch, on top of `max_tokens_per_device`."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    head_chunk_mb: int = Field(default=64, ge=1)
+    head_chunk_mb: int = Field(default=128, ge=1)
     """Most memory, in MiB, for the logits of one chunk of the language-model head."""
