@@ -35,9 +35,10 @@ def main() -> None:
     parser.add_argument("train", type=Path, help="gsm8k_train.jsonl")
     parser.add_argument("test", type=Path, help="gsm8k_test.jsonl")
     parser.add_argument("--output-dir", type=Path, default=Path("."))
+    parser.add_argument("--largest", type=Fraction, help="leave out what holds or gives a larger number")
     options = parser.parse_args()
-    held_out = read(options.test, taken=set())
-    train = read(options.train, taken=set(held_out))
+    held_out = read(options.test, taken=set(), largest=options.largest)
+    train = read(options.train, taken=set(held_out), largest=options.largest)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name, answers in (("train", train), ("held_out", held_out)):
         path = options.output_dir / f"expressions_{name}.jsonl"
@@ -46,8 +47,9 @@ def main() -> None:
         print(f"{path}: {len(answers):,} expressions")
 
 
-def read(path: Path, taken: set[str]) -> dict[str, str]:
-    """Expression -> answer of one file, in its order, without those in `taken`; says what was skipped."""
+def read(path: Path, taken: set[str], largest: Fraction | None = None) -> dict[str, str]:
+    """Expression -> answer of one file, in its order, without those in `taken` and those with a number above
+    `largest`; says what was skipped."""
     answers: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for annotation in annotations(path):
@@ -57,7 +59,9 @@ def read(path: Path, taken: set[str]) -> dict[str, str]:
         except Skipped as reason:
             counts[str(reason)] += 1
             continue
-        if asked in taken:
+        if largest is not None and any(Fraction(number) > largest for number in NUMBER.findall(f"{asked}={answer}")):
+            counts[f"with a number above {largest}"] += 1
+        elif asked in taken:
             counts["in the held-out file"] += 1
         elif asked in answers:
             counts["seen before"] += 1
