@@ -83,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except SystemExit as end:  # argparse has said what is wrong, or has helped
         return int(end.code or 0)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

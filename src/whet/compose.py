@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import PreTrainedTokenizerBase
 
 from whet.backends.device import Arithmetic, choose
@@ -82,9 +83,16 @@ class Run:
         config, loop = self.policy.config, self.loop
         # Nothing is written before: what is refused, or only predicts, leaves the files of an earlier run alone.
         with claimed(self.keeper.root) as folder:
-            with writing(folder / RUN_FILE):
-                (folder / RUN_FILE).write_text(dump(config), encoding="utf-8")
             total_steps = loop.schedule.total_steps
+            if loop.finished and (folder / RUN_FILE).is_file():
+                logger.warning(
+                    "%s stands at step %d of %d: nothing is trained, and other settings change nothing; raise "
+                    "train.steps or train.epochs, or set output_dir to another folder",
+                    *(folder, loop.global_step, total_steps),
+                )
+            else:
+                with writing(folder / RUN_FILE):
+                    (folder / RUN_FILE).write_text(dump(config), encoding="utf-8")
             with RunLog(folder, config.log, total_steps=total_steps, resume_step=loop.global_step) as log:
                 await loop.run(log)
                 if loop.finished:
@@ -101,10 +109,10 @@ class Run:
 
     def _export(self, folder: Path) -> None:
         self.policy.backend.export_weights(folder)
-        config = self.policy.config
-        name = Path(config.output_dir).resolve().name
-        settings = {"base_model": config.model.path, "method": config.method, "settings": dump(config)}
-        write_card(folder, name=name, **settings, metrics=self.loop.progress.last_eval)
+        settings = (self.keeper.root / RUN_FILE).read_text(encoding="utf-8")  # what it was trained with
+        run = yaml.safe_load(settings)
+        known = {"base_model": run["model"]["path"], "method": run["method"], "settings": settings}
+        write_card(folder, name=self.keeper.root.name, **known, metrics=self.loop.progress.last_eval)
 
 
 def compose(config: RunConfig, method: Method | None = None) -> Run:
