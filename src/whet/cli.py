@@ -36,7 +36,7 @@ rows.jsonl holds {"prompt": …, "response": …} or {"messages": […]} per lin
 {"prompt": …, "label": …}. All settings: docs/configuration.md. Names from TRL, LLaMA-Factory
 and slime (--learning_rate, --n-samples-per-prompt, …) are understood as well.
 
-The same command again goes on from the newest checkpoint in output_dir.
+With checkpoint.every_steps set, the same command goes on from the newest checkpoint in output_dir.
 """
 
 
