@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from whet.backends.protocol import Backend
+from whet.backends.protocol import Backend, shares_prefixes
 from whet.batch import Batch, collate
 from whet.config.run import RunConfig
 from whet.loop import weighed
@@ -29,7 +29,7 @@ def evaluate_rows(
     # Rows of like length go together, so that no batch is mostly padding where a model needs padded rows.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].samples[0].tokens))
     for start in range(0, len(order), per_batch):
-        batch = collate([rows[i] for i in order[start : start + per_batch]], share_prefixes=_shares(backend))
+        batch = collate([rows[i] for i in order[start : start + per_batch]], share_prefixes=shares_prefixes(backend))
         out = backend.forward(batch, outputs)
         for name, kind, mean in _means(out, weighed(batch, method, config), method):
             mass = _mass(batch, kind)
@@ -64,7 +64,3 @@ def _mass(batch: Batch, kind: str) -> float:
         "pair": batch.num_units,
     }
     return float(counts.get(kind, batch.num_sequences))
-
-
-def _shares(backend: Backend) -> bool:
-    return getattr(backend, "shares_prefixes", True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from whet.backends.optimizer import learning_rate
-from whet.backends.protocol import Backend
+from whet.backends.protocol import Backend, shares_prefixes
 from whet.batch import Batch, collate
 from whet.config.rules import metric_mode
 from whet.config.run import RunConfig
@@ -125,7 +125,7 @@ class Loop:
         started = time.perf_counter()
         units = await self.source.take(self.schedule.units_per_step)
         taken = time.perf_counter()
-        batch = self.prepare(collate(units, share_prefixes=getattr(self.policy, "shares_prefixes", True)))
+        batch = self.prepare(collate(units, share_prefixes=shares_prefixes(self.policy)))
         metrics = self._update(batch)
         self.progress.step += 1
         self.progress.num_tokens += batch.num_tokens

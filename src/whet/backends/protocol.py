@@ -58,3 +58,8 @@ class Backend(Protocol):
     def describe(self) -> dict[str, Any]:
         """What was chosen at start-up: device, precision, attention, trainable parameters."""
         ...
+
+
+def shares_prefixes(backend: Backend) -> bool:
+    """Whether batches for this backend are to be collated with shared prefixes: yes, unless it says otherwise."""
+    return getattr(backend, "shares_prefixes", True)
