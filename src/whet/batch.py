@@ -8,11 +8,12 @@ way to compute them. `collate` makes a batch of units, `split` and `micro_batche
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -22,9 +23,11 @@ from whet import tree
 from whet.columns import column
 from whet.errors import DataError
 from whet.tree import Tree
-from whet.types import Unit
+from whet.types import Sample, Unit
 
 WeightKind = Literal["token", "sequence", "fixed_length", "row", "pair"]
+Part = Literal["all", "chosen"]
+"""Which sequences of a batch something is about: `chosen` are those whose label is 1."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,10 @@ class Batch:
             assert len(values) == sizes[kind], f"column {name!r} is per {kind}: {sizes[kind]} values, not {len(values)}"
         return replace(self, columns={**self.columns, **columns})
 
-    def weighed(self, kinds: Iterable[WeightKind], *, max_length: int | None = None) -> Batch:
-        """This batch with the columns `weights/<kind>`; call it on the global batch, before it is cut."""
-        return self.with_columns(**{f"weights/{k}": weights(self, k, max_length=max_length) for k in kinds})
+    def weighed(self, keys: Iterable[str], *, max_length: int | None = None) -> Batch:
+        """This batch with the columns `weights/<key>`, such as `token` or `token/chosen` (see `weight_key`); call it
+        on the global batch, before it is cut."""
+        return self.with_columns(**{f"weights/{key}": _weights_of(self, key, max_length) for key in keys})
 
     def sum_tokens(self, values: Tensor) -> Tensor:
         """[T] -> [N] sums over the trained tokens of each sequence."""
@@ -181,8 +185,8 @@ def _fill(
 def collate(units: Sequence[Unit], *, share_prefixes: bool = True) -> Batch:
     """The batch of these units.
 
-    Writes the columns that the samples carry: `rewards` and `sampler_logprobs`, each if every sample has
-    it. `share_prefixes` false lays every row out in full.
+    Writes the columns that samples and units carry, each if all of them have it. `share_prefixes` false lays
+    every row out in full.
     Raises DataError when only some samples carry a column.
     """
     samples = [sample for unit in units for sample in unit.samples]
@@ -203,42 +207,72 @@ def collate(units: Sequence[Unit], *, share_prefixes: bool = True) -> Batch:
         unit_names=tuple(unit.id for unit in units),
         trees=tuple(lay_out(rows[a:b]) for a, b in pairwise(first)),
     )
-    return batch.with_columns(**_carried(samples))
+    return batch.with_columns(**_carried_by_samples(samples), **_carried_by_units(units))
 
 
-def _carried(samples: list) -> dict[str, Tensor]:
+def _carried_by_samples(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    carried = [_columns_of(sample) for sample in samples]
     columns: dict[str, Tensor] = {}
-    for attribute, name in (("reward", "rewards"), ("sampler_logprobs", "sampler_logprobs")):
-        values = [getattr(sample, attribute) for sample in samples]
-        present = sum(value is not None for value in values)
-        if present and present < len(values):
-            raise DataError(f"{present} of {len(values)} samples carry {attribute}; either all must, or none")
-        if present:
-            flat = values if name == "rewards" else np.concatenate([np.asarray(v, dtype=np.float32) for v in values])
-            columns[name] = torch.as_tensor(flat, dtype=torch.float32)
+    for name in _names(carried, "samples"):
+        dtype = getattr(torch, column(name).dtype)
+        values = [one[name] for one in carried]
+        per_token = column(name).kind == "token"
+        flat = np.concatenate([np.asarray(v) for v in values]) if per_token else np.asarray(values)
+        columns[name] = torch.as_tensor(flat).to(dtype)
     return columns
 
 
-def weights(batch: Batch, kind: WeightKind, *, max_length: int | None = None) -> Tensor:
+def _columns_of(sample: Sample) -> dict[str, Any]:
+    own = {"rewards": sample.reward, "sampler_logprobs": sample.sampler_logprobs}
+    return {**{name: values for name, values in own.items() if values is not None}, **sample.columns}
+
+
+def _carried_by_units(units: Sequence[Unit]) -> dict[str, Tensor]:
+    names = _names([unit.columns for unit in units], "units")
+    return {name: torch.tensor([unit.columns[name] for unit in units], dtype=torch.float32) for name in names}
+
+
+def _names(carried: Sequence[Mapping[str, Any]], what: str) -> list[str]:
+    """The names that all have. Raises DataError for one that only some have."""
+    counts = Counter(name for one in carried for name in one)
+    for name, count in counts.items():
+        if count < len(carried):
+            raise DataError(f"{count} of {len(carried)} {what} carry {name}; either all must, or none")
+    return list(counts)
+
+
+def weight_key(kind: WeightKind, on: Part = "all") -> str:
+    """What the weights of this kind over this part of the batch are called."""
+    return kind if on == "all" else f"{kind}/{on}"
+
+
+def _weights_of(batch: Batch, key: str, max_length: int | None) -> Tensor:
+    kind, _, on = key.partition("/")
+    return weights(batch, cast(WeightKind, kind), max_length=max_length, on=cast(Part, on or "all"))
+
+
+def weights(batch: Batch, kind: WeightKind, *, max_length: int | None = None, on: Part = "all") -> Tensor:
     """How much each value of a loss counts, as a column computed over the whole (global) batch.
 
     `token` [T]: mean over trained tokens. `sequence` [T]: mean over sequences of the mean over their trained
     tokens; sequences without any weigh nothing. `fixed_length` [T]: 1 / (N * max_length), Dr. GRPO
     (arXiv:2503.20783). `row` [N]: mean over sequences. `pair` [U]: mean over units. All but `fixed_length`
-    sum to one, so nothing that runs a part of the batch divides again.
+    sum to one, so nothing that runs a part of the batch divides again. `on` leaves all but those sequences out.
     """
-    mask = batch.loss_mask.double()
+    part = torch.ones_like(batch.lengths, dtype=torch.bool) if on == "all" else batch["labels"] == 1
+    mask = (batch.loss_mask & part[batch.sequence_ids]).double()
     if kind == "token":
         values = mask / mask.sum().clamp(min=1)
     elif kind == "sequence":
         trained = batch.num_trained
-        values = mask / trained.clamp(min=1)[batch.sequence_ids] / (trained > 0).sum().clamp(min=1)
+        values = mask / trained.clamp(min=1)[batch.sequence_ids] / ((trained > 0) & part).sum().clamp(min=1)
     elif kind == "fixed_length":
         assert max_length, "fixed_length weights need max_length"
-        values = mask / (batch.num_sequences * max_length)
-    elif kind in ("row", "pair"):
-        count = batch.num_sequences if kind == "row" else batch.num_units
-        values = torch.full((count,), 1 / count, dtype=torch.float64, device=mask.device)
+        values = mask / (part.sum() * max_length)
+    elif kind == "row":
+        values = part.double() / part.sum().clamp(min=1)
+    elif kind == "pair":
+        values = torch.full((batch.num_units,), 1 / batch.num_units, dtype=torch.float64, device=mask.device)
     else:
         raise AssertionError(f"unknown kind of weights: {kind}")
     return values.float()

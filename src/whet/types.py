@@ -18,13 +18,15 @@ class Sample:
     `tokens` and `loss_mask` have one entry per token, prompt included; `loss_mask` is true on the
     tokens that are trained. `sampler_logprobs` has the same length and holds 0 where nothing was
     sampled. `reward` is None where no reward applies. A loss mask on the first token is ignored:
-    nothing predicts it.
+    nothing predicts it. `columns` holds further columns of a batch by name: for one per token an array with
+    as many entries as there are tokens ([T], or [T, k]), for one per sequence a number.
     """
 
     tokens: Sequence[int]
     loss_mask: Sequence[bool]
     sampler_logprobs: Sequence[float] | None = None
     reward: float | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -39,11 +41,13 @@ class Sample:
 class Unit:
     """Samples that belong together (one row, a pair, a group) and are never torn apart.
 
-    `id` names the unit over the whole run; credit is assigned by it, never by position.
+    `id` names the unit over the whole run; credit is assigned by it, never by position. A pair holds the chosen
+    sample, then the rejected one. `columns` holds the batch columns that are one number per unit.
     """
 
     id: str
     samples: tuple[Sample, ...]
+    columns: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.samples, f"unit {self.id} has no samples"
