@@ -12,7 +12,6 @@ import asyncio
 from pathlib import Path
 
 from whet.batch import collate
-from whet.compose import load_policy
 from whet.config.loader import from_values
 from whet.credit import CREDITS
 from whet.data.prompts import prepare_prompts
@@ -21,6 +20,7 @@ from whet.losses import create_loss
 from whet.methods import Term
 from whet.models.load import load_tokenizer
 from whet.recipe import method_of
+from whet.roles import load_policy
 from whet.rollout.seeds import derive_seed
 from whet.types import Completion, Prompt, Sample, Sampling, Unit
 

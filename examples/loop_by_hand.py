@@ -12,7 +12,6 @@ import asyncio
 from pathlib import Path
 
 from whet.batch import collate
-from whet.compose import load_policy
 from whet.config.loader import from_values
 from whet.data.prepare import prepare
 from whet.data.source import RowSource
@@ -20,6 +19,7 @@ from whet.losses import create_loss
 from whet.methods import Term
 from whet.models.load import load_tokenizer
 from whet.recipe import method_of
+from whet.roles import load_policy
 from whet.types import Sampling
 
 BATCH_SIZE = 8

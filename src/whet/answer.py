@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
-from whet.compose import Policy
 from whet.data.encode import Encoder
 from whet.data.shapes import PromptRow
 from whet.data.template import Renderer
 from whet.models.parts import base
+from whet.roles import Policy
 from whet.types import Message, Sampling
 
 

@@ -6,11 +6,11 @@ import argparse
 import asyncio
 
 from whet.answer import answers
-from whet.compose import load_policy
 from whet.config.run import RunConfig
 from whet.errors import ModelError
 from whet.models.load import check_model_folder, load_tokenizer
 from whet.recipe import method_of
+from whet.roles import load_policy
 from whet.types import Message, Sampling
 
 

@@ -35,7 +35,7 @@ COLUMNS: dict[str, Column] = _table(
     Column("teacher_hidden", "token", "float32", "[T, H] the teacher's hidden state before each token", "annotate"),
     Column("teacher_topk_ids", "token", "int64", "[T, k] the teacher's likeliest tokens in each place", "annotate"),
     Column("teacher_topk_logprobs", "token", "float32", "[T, k] their logprobs under the teacher", "annotate"),
-    Column("kl_baseline", "sequence", "float32", "KTO's z: mean log-ratio of mismatched pairs, on every row", "annotate"),
+    Column("kl_baseline", "sequence", "float32", "KTO's z, the same on every row of a batch", "annotate"),
     Column("reward_mean", "sequence", "float32", "running mean of the rewards of earlier steps", "annotate"),
     Column("aot_reference", "unit", "float32", "the reference log-ratio of the same rank in the batch", "annotate"),
     Column("aot_rejected", "unit", "float32", "the rejected log-ratio that the chosen one is matched with", "annotate"),

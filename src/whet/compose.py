@@ -5,22 +5,15 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from whet.backends.device import Arithmetic, choose
-from whet.backends.local import LocalBackend, WithoutAdapter
-from whet.backends.protocol import Backend
 from whet.checkpoints.disk import writing
 from whet.checkpoints.folder import RUN_FILE, check_folder, claimed
 from whet.checkpoints.save import publish
 from whet.config.loader import dump
-from whet.config.plugin import resolve
 from whet.config.run import RunConfig
-from whet.engines.local.engine import LocalEngine
 from whet.engines.protocol import Engine
 from whet.errors import ConfigError
 from whet.feeds import PromptFeed, RowFeed
@@ -29,43 +22,13 @@ from whet.log import RunLog
 from whet.loop import Loop
 from whet.methods import Method
 from whet.models.card import write_card
-from whet.models.load import check_model_folder, load_model, load_tokenizer, stop_token_ids
+from whet.models.load import check_model_folder, load_tokenizer
 from whet.recipe import method_of
+from whet.roles import Policy, engine_maker, load_policy
 from whet.schedule import plan
 from whet.types import Episode
 
 logger = logging.getLogger(__name__)
-
-BACKENDS: dict[str, Any] = {"local": LocalBackend}
-ENGINES: dict[str, Any] = {"local": LocalEngine}
-
-
-@dataclass
-class Policy:
-    """A model ready to compute and to answer, with all that was resolved on the way to it."""
-
-    config: RunConfig
-    method: Method
-    tokenizer: PreTrainedTokenizerBase
-    stop_token_ids: tuple[int, ...]
-    arithmetic: Arithmetic
-    backends: dict[str, Backend]
-
-    @property
-    def backend(self) -> Backend:
-        return self.backends["policy"]
-
-    def engine(self) -> Engine:
-        """A new engine over the policy's own weights."""
-        config = self.config.engine
-        return _engine_maker(self.config)(
-            self.backend.model,
-            self.tokenizer,
-            stop_token_ids=self.stop_token_ids,
-            max_concurrent=config.max_concurrent,
-            timeout_s=config.timeout_s,
-            autocast=self.arithmetic.autocast,
-        )
 
 
 @dataclass
@@ -122,20 +85,19 @@ def compose(config: RunConfig, method: Method | None = None) -> Run:
     before it is loaded.
     """
     method = method or method_of(config)
-    _engine_maker(config)
+    engine_maker(config)
     check_folder(config.output_dir, config.model)
     keeper = Keeper(config)
     feed, tokenizer = _feed(config, method)
     schedule = plan(config, len(feed), rollouts=method.source == "prompts")
     policy = load_policy(config, method, tokenizer, train=True)
-    engine = policy.engine() if method.source == "prompts" else None
-    connected = feed.connect(method, policy.backend, engine, policy.stop_token_ids)
+    connected = feed.connect(policy)
     loop = Loop(config, method, connected.source, policy.backends, schedule, evaluate=connected.evaluate, saver=keeper)
     if keeper.found:
         keeper.restore(loop)
         logger.info("going on from %s", keeper.found)
     logger.info(", ".join(f"{name} {value}" for name, value in policy.backend.describe().items()))
-    return Run(policy, feed, loop, keeper, engine)
+    return Run(policy, feed, loop, keeper, connected.engine)
 
 
 async def evaluate(config: RunConfig) -> tuple[dict[str, float], tuple[Episode, ...]]:
@@ -147,45 +109,15 @@ async def evaluate(config: RunConfig) -> tuple[dict[str, float], tuple[Episode, 
     if feed.eval is None:
         raise ConfigError("there is no held-out data to evaluate on; set data.eval")
     policy = load_policy(config, method, tokenizer, train=False)
-    engine = policy.engine() if method.source == "prompts" else None
-    metrics = await feed.evaluate(method, policy.backend, engine, policy.stop_token_ids)
+    metrics = await feed.evaluate(policy)
     return metrics, getattr(feed, "transcripts", ())
-
-
-def load_policy(config: RunConfig, method: Method, tokenizer: PreTrainedTokenizerBase, *, train: bool) -> Policy:
-    """Load the model on its device, with an optimizer if it is to be trained, and the reference if one is needed.
-
-    Under a new adapter the reference is the policy with its adapter off; otherwise, and under an adapter that is
-    trained on, it is a second copy of what the run began with.
-    """
-    make = resolve(config.backend.use, BACKENDS, what="backend", where="backend.use")
-    arithmetic = choose(config.backend)
-    if train and arithmetic.device.type == "cpu" and config.model.dtype == "float16":
-        raise ConfigError("model.dtype is 'float16', which a CPU does not train in; use float32 or bfloat16")
-    torch.manual_seed(config.seed)
-    temperature = config.rollout.temperature if method.source == "prompts" else 1.0
-    common = {"attention": config.model.attention, "temperature": temperature}
-    model = load_model(config.model, arithmetic.device)
-    backend = make(model, tokenizer, config.backend, arithmetic, optim=config.optim if train else None, **common)
-    backends: dict[str, Backend] = {"policy": backend}
-    if train and "reference" in method.roles:
-        if config.model.adapter is not None:
-            backends["reference"] = WithoutAdapter(backend)
-        else:
-            frozen = load_model(config.model, arithmetic.device).requires_grad_(False)
-            backends["reference"] = make(frozen, tokenizer, config.backend, arithmetic, **common)
-    return Policy(config, method, tokenizer, stop_token_ids(model, tokenizer), arithmetic, backends)
-
-
-def _engine_maker(config: RunConfig) -> Any:
-    return resolve(config.engine.use, ENGINES, what="engine", where="engine.use")
 
 
 def _feed(config: RunConfig, method: Method) -> tuple[RowFeed | PromptFeed, PreTrainedTokenizerBase]:
     """Read and check the data, after what can be known of the model without its weights."""
     positions = check_model_folder(config.model)
     tokenizer = load_tokenizer(config.model)
-    feed = (PromptFeed if method.source == "prompts" else RowFeed)(config, tokenizer)
+    feed = PromptFeed(config, tokenizer) if method.source == "prompts" else RowFeed(config, tokenizer, method.task)
     if positions is not None and feed.longest > positions:
         raise ConfigError(
             f"the longest sequence has {feed.longest:,} tokens, but the model has {positions:,} positions "

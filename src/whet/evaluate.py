@@ -3,64 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from whet.backends.protocol import Backend, shares_prefixes
 from whet.batch import Batch, collate
 from whet.config.run import RunConfig
-from whet.loop import weighed
+from whet.loop import annotated, weighed
 from whet.methods import Method
+from whet.tally import Tally
 from whet.types import Unit
 
 ROWS_PER_BATCH = 64
 
 
 def evaluate_rows(
-    backend: Backend, rows: Sequence[Unit], method: Method, config: RunConfig, *, per_batch: int = ROWS_PER_BATCH
+    models: Mapping[str, Backend],
+    rows: Sequence[Unit],
+    method: Method,
+    config: RunConfig,
+    *,
+    per_batch: int = ROWS_PER_BATCH,
+    running: dict[str, list[float]] | None = None,
 ) -> dict[str, float]:
-    """`eval/loss`, `eval/perplexity` and the metrics of the method's losses, over `rows`.
+    """`eval/loss` and the metrics of the method's losses, over `rows`; `eval/perplexity` where it has a meaning.
 
-    The numbers are those of one batch of all rows: how they are cut does not matter.
+    `models` are by role. The numbers are those of one batch of all rows: how they are cut does not matter, but for
+    losses that compare the rows of a batch with each other (kto, bco, aot).
     """
+    backend = models["policy"]
     outputs = frozenset().union(*(term.outputs for term in method.terms))
-    totals: dict[str, float] = defaultdict(float)
-    masses: dict[str, float] = defaultdict(float)
+    tally = Tally(method.terms, mass=_mass)
     # Rows of like length go together, so that no batch is mostly padding where a model needs padded rows.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].samples[0].tokens))
     for start in range(0, len(order), per_batch):
         batch = collate([rows[i] for i in order[start : start + per_batch]], share_prefixes=shares_prefixes(backend))
-        out = backend.forward(batch, outputs)
-        for name, kind, mean in _means(out, weighed(batch, method, config), method):
-            mass = _mass(batch, kind)
-            totals[name] += mean * mass
-            masses[name] += mass
-    metrics = {f"eval/{name}": total / max(masses[name], 1) for name, total in totals.items()}
+        batch = annotated(batch, method, models, running or {})
+        tally.add(backend.forward(batch, outputs), weighed(batch, method, config))
+    metrics = {f"eval/{name}": value for name, value in tally.finish().items()}
     if method.terms[0].name == "sft" and not method.terms[0].options.get("label_smoothing"):
         metrics["eval/perplexity"] = math.exp(min(metrics["eval/loss"], 700))
     return metrics
 
 
-def _means(out: dict, batch: Batch, method: Method) -> list[tuple[str, str, float]]:
-    """(name, kind of weights, mean over this batch) of the loss and of each metric."""
-    found: list[tuple[str, str, float]] = []
-    loss = 0.0
-    for term in method.terms:
-        values, metrics = term.loss(out, batch, **term.options)
-        loss += term.coef * float((values * batch[f"weights/{term.weight}"]).sum())
-        found += [
-            (name, "token", float((value * batch["weights/token"]).sum()))
-            for name, value in metrics.items()
-            if term.loss.per == "token" and not name.endswith("_max")
-        ]
-    return [("loss", method.terms[0].weight, loss), *found]
-
-
-def _mass(batch: Batch, kind: str) -> float:
+def _mass(batch: Batch, key: str) -> float:
     """How much a batch's mean counts among other batches' means."""
-    counts = {
-        "token": int(batch.loss_mask.sum()),
-        "sequence": int((batch.num_trained > 0).sum()),
-        "pair": batch.num_units,
-    }
-    return float(counts.get(kind, batch.num_sequences))
+    kind, _, on = key.partition("/")
+    part = batch["labels"] == 1 if on == "chosen" else batch.lengths > 0
+    if kind == "token":
+        return float(batch.num_trained[part].sum())
+    if kind == "sequence":
+        return float((batch.num_trained[part] > 0).sum())
+    return float(batch.num_units if kind == "pair" else part.sum())

@@ -12,7 +12,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from whet.backends.protocol import Backend
+from whet.annotate import Running
 from whet.config.run import RunConfig
 from whet.data.prepare import prepare
 from whet.data.prompts import prepare_prompts
@@ -22,8 +22,9 @@ from whet.envs.registry import build_env
 from whet.errors import ConfigError
 from whet.evaluate import ROWS_PER_BATCH, evaluate_rows
 from whet.loop import Evaluator
-from whet.methods import Method
+from whet.methods import Task
 from whet.rewards.registry import build_scorer
+from whet.roles import Policy
 from whet.rollout.evaluation import evaluate_prompts, evaluation_sampling
 from whet.rollout.protocols import Source
 from whet.rollout.sampling import RolloutSource
@@ -37,18 +38,20 @@ EVAL_SEED = 1_000_003
 
 @dataclass(frozen=True)
 class Connected:
-    """A feed that a loop can take from. `evaluate` is None where nothing was held out."""
+    """A feed that a loop can take from. `evaluate` is None where nothing was held out; `engine` where nothing is
+    sampled."""
 
     source: Source
     evaluate: Evaluator | None
+    engine: Engine | None = None
 
 
 class RowFeed:
-    """Rows of a data set, for the offline methods."""
+    """Rows of a data set, for the offline methods; `task` says what they are."""
 
-    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, task: Task = "sft"):
         self.config, self.tokenizer = config, tokenizer
-        self.train, self.eval = _read(config, tokenizer, prepare)
+        self.train, self.eval = _read(config, tokenizer, partial(prepare, task=task) if task != "sft" else prepare)
 
     def __len__(self) -> int:
         return len(self.train) if self.train is not None else 0
@@ -63,20 +66,19 @@ class RowFeed:
         """What makes the longest sequence shorter."""
         return f"lower data.max_length (now {self.config.data.max_length:,})"
 
-    def connect(self, method: Method, policy: Backend, engine: Engine | None, stops: Sequence[int]) -> Connected:
+    def connect(self, policy: Policy) -> Connected:
         """The source over the rows, and the losses on the held-out ones."""
         config = self.config
-        _check_stop(self.train, stops, self.tokenizer)
+        _check_stop(self.train, policy.stop_token_ids, self.tokenizer)
         source = RowSource(self.train, seed=config.seed, shuffle=config.data.shuffle)
-        run = partial(self.evaluate, method, policy, engine, stops)
-        return Connected(source, run if self.eval is not None else None)
+        return Connected(source, partial(self.evaluate, policy) if self.eval is not None else None)
 
-    async def evaluate(
-        self, method: Method, policy: Backend, engine: Engine | None, stops: Sequence[int]
-    ) -> dict[str, float]:
+    async def evaluate(self, policy: Policy, running: Running | None = None) -> dict[str, float]:
         """The losses on the held-out rows; metrics are named `eval/…`."""
         per_batch = self.config.eval.batch_size or ROWS_PER_BATCH
-        return evaluate_rows(policy, self.eval, method, self.config, per_batch=per_batch)
+        return evaluate_rows(
+            policy.backends, self.eval, policy.method, self.config, per_batch=per_batch, running=running
+        )
 
 
 class PromptFeed:
@@ -108,9 +110,9 @@ class PromptFeed:
         """What makes the longest sequence shorter."""
         return "lower data.max_prompt_length, rollout.max_tokens or eval.max_tokens"
 
-    def connect(self, method: Method, policy: Backend, engine: Engine | None, stops: Sequence[int]) -> Connected:
+    def connect(self, policy: Policy) -> Connected:
         """The source that samples from the engine, and the evaluation on held-out prompts."""
-        assert engine is not None, "prompts need an engine"
+        engine, stops = policy.engine(), policy.stop_token_ids
         config = self.config
         source = RolloutSource(
             PromptRows(self.train, seed=config.seed, shuffle=config.data.shuffle),
@@ -124,15 +126,16 @@ class PromptFeed:
             timeout_s=config.engine.timeout_s,
         )
 
-        run = partial(self.evaluate, method, policy, engine, stops)
-        return Connected(source, run if self.eval is not None else None)
+        run = partial(self.evaluate, policy, engine=engine)
+        return Connected(source, run if self.eval is not None else None, engine)
 
     async def evaluate(
-        self, method: Method, policy: Backend, engine: Engine | None, stops: Sequence[int]
+        self, policy: Policy, running: Running | None = None, *, engine: Engine | None = None
     ) -> dict[str, float]:
         """Sample the held-out prompts and score them; metrics are named `eval/…`."""
+        engine, stops = engine or policy.engine(), policy.stop_token_ids
         config = self.config
-        assert engine is not None and self.eval is not None, "prompts need an engine, and evaluation some prompts"
+        assert self.eval is not None, "evaluation needs prompts"
         result = await evaluate_prompts(
             [self.eval[i] for i in range(min(len(self.eval), config.eval.max_prompts or len(self.eval)))],
             engine,

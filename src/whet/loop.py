@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from whet.annotate import RewardMean, Running
 from whet.backends.optimizer import learning_rate
 from whet.backends.protocol import Backend, shares_prefixes
 from whet.batch import Batch, collate
@@ -20,14 +21,15 @@ from whet.log import RunLog
 from whet.methods import Method
 from whet.rollout.protocols import Source
 from whet.schedule import Schedule
+from whet.tally import reduction, weight_keys
 
 logger = logging.getLogger(__name__)
 
 LOGPROB_ALARM = 0.05
 """Mean difference between the sampler's and the trainer's logprobs above which a run warns: beyond rounding."""
 
-Evaluator = Callable[[], Awaitable[dict[str, float]]]
-"""Metrics named `eval/…` of the policy as it is."""
+Evaluator = Callable[[Running], Awaitable[dict[str, float]]]
+"""Metrics named `eval/…` of the policy as it is, given the running means of the run."""
 
 
 @dataclass
@@ -42,6 +44,8 @@ class Progress:
     evaluations_without_improvement: int = 0
     stopped_early: bool = False
     last_eval: dict[str, float] = field(default_factory=dict)
+    running: dict[str, list[float]] = field(default_factory=dict)
+    """Running means of the method's annotations."""
 
 
 class Saver(Protocol):
@@ -96,7 +100,9 @@ class Loop:
         if self.config.eval.at_start and self.progress.step == 0:
             await self._evaluate()
         elif self.config.eval.metric and self.evaluate is not None:
-            self._metric(await self.evaluate())  # to learn at the end that there is no such metric would be late
+            self._metric(
+                await self.evaluate(self.progress.running)
+            )  # to learn at the end that there is no such metric would be late
         while not self.finished and not self._stop_requested:
             metrics = await self.train_step()
             step = self.progress.step
@@ -146,12 +152,7 @@ class Loop:
 
     def prepare(self, batch: Batch) -> Batch:
         """Annotations and credit, as the method says."""
-        for stage in self.method.annotate:
-            values = self.backends[stage.role].forward(batch, {stage.output})[stage.output]
-            batch = batch.with_columns(**{stage.writes: values})
-        for stage in self.method.credit:
-            batch = stage.rule(batch, **stage.options)
-        return batch
+        return annotated(batch, self.method, self.backends, self.progress.running)
 
     def _update(self, batch: Batch) -> dict[str, float]:
         parts = []
@@ -160,7 +161,17 @@ class Loop:
             metrics |= self.policy.optim_step(lr := self._learning_rate())
             parts.append({**metrics, "learning_rate": lr})
             self.progress.optimizer_steps += 1
+            self._follow(minibatch, metrics)
         return {**_combined(parts), "masked_sequences": int((batch.num_trained == 0).sum())}
+
+    def _follow(self, batch: Batch, metrics: Mapping[str, float]) -> None:
+        """What comes after an optimizer step: running means, and a reference that follows the policy."""
+        for stage in self.method.annotate:
+            if isinstance(stage, RewardMean):
+                stage.observe(batch, metrics, self.progress.running)
+        every = self.config.reference.sync_steps
+        if every is not None and self.progress.optimizer_steps % every == 0:
+            self.backends["reference"].move_towards(self.policy, self.config.reference.sync_alpha)
 
     def _learning_rate(self) -> float:
         total = self.schedule.total_steps * self.schedule.optimizer_steps
@@ -180,7 +191,7 @@ class Loop:
         """Evaluate, log, and keep count of the best. Returns whether this was an improvement."""
         if self.evaluate is None:
             return False
-        metrics = await self.evaluate()
+        metrics = await self.evaluate(self.progress.running)
         self.log.log(self.progress.step, metrics)
         self.progress.last_eval = metrics
         return self._judge(metrics)
@@ -211,14 +222,27 @@ class Loop:
         return name, metrics[name]
 
 
+def annotated(batch: Batch, method: Method, models: Mapping[str, Backend], running: Running) -> Batch:
+    """The global batch with the columns of the method's annotations and credit rules."""
+    for stage in method.annotate:
+        batch = stage(batch, models, running)
+    for stage in method.credit:
+        batch = stage.rule(batch, **stage.options)
+    return batch
+
+
 def weighed(batch: Batch, method: Method, config: RunConfig) -> Batch:
     """The global batch of one optimizer step with the weights that the terms and their metrics need."""
-    kinds = {"token", *(term.weight for term in method.terms)}
     longest = config.rollout.max_tokens if method.source == "prompts" else config.data.max_length
-    return batch.weighed(sorted(kinds), max_length=longest)
+    return batch.weighed(weight_keys(method.terms), max_length=longest)
 
 
 def _combined(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Metrics of several optimizer steps as one: means, and maxima where the name says so."""
-    columns = {name: [part[name] for part in parts] for name in parts[0]}
-    return {name: max(v) if name.endswith("_max") else statistics.fmean(v) for name, v in columns.items()}
+    """Metrics of several optimizer steps as one: means, or what their names say. One that did not apply in a step
+    does not count there."""
+    columns: dict[str, list[float]] = {}
+    for part in parts:
+        for name, value in part.items():
+            columns.setdefault(name, []).append(value)
+    reduce = {"max": max, "min": min, "mean": statistics.fmean}
+    return {name: reduce[reduction(name)](values) for name, values in columns.items()}

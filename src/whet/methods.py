@@ -6,19 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from whet.batch import WeightKind
+from whet.annotate import Annotate, Annotation, KLBaseline, RewardMean
+from whet.batch import Part, WeightKind, weight_key
+from whet.config.plugin import validated_options
 from whet.credit import CREDITS, Credit
 from whet.errors import ConfigError
 from whet.losses import LOSSES, Loss
-
-
-@dataclass(frozen=True)
-class Annotate:
-    """Forward only: write output `output` of the model in `role` to the column `writes`."""
-
-    role: str
-    output: str
-    writes: str
 
 
 @dataclass(frozen=True)
@@ -30,6 +23,17 @@ class Term:
     weight: WeightKind
     coef: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    on: Part = "all"
+
+    @property
+    def weight_key(self) -> str:
+        """What the weights of this term are called in a batch."""
+        return weight_key(self.weight, self.on)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Columns that this term needs."""
+        return self.loss.reads if self.on == "all" else self.loss.reads | {"labels"}
 
     @property
     def outputs(self) -> frozenset[str]:
@@ -47,36 +51,113 @@ class CreditStage:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+Task = Literal["sft", "preference", "unpaired", "reward", "prompts"]
+"""What the rows of a method are: see docs/data.md."""
+
+
 @dataclass(frozen=True)
 class Method:
-    """What one training step does with a batch. `source` says where units come from."""
+    """What one training step does with a batch.
+
+    `annotate` need not name the stages that write what terms and credit read, where `WRITERS` knows one: see
+    `completed`. `scores` methods train a score head in place of the language-model head.
+    """
 
     name: str
-    source: Literal["rows", "prompts"]
+    task: Task
     terms: tuple[Term, ...]
-    annotate: tuple[Annotate, ...] = ()
+    annotate: tuple[Annotation, ...] = ()
     credit: tuple[CreditStage, ...] = ()
-    roles: tuple[str, ...] = ("policy",)
+    scores: bool = False
+
+    @property
+    def source(self) -> Literal["rows", "prompts"]:
+        """Where units come from."""
+        return "prompts" if self.task == "prompts" else "rows"
 
     @property
     def provides(self) -> frozenset[str]:
         """Columns that the source writes."""
-        return frozenset({"rewards", "sampler_logprobs"}) if self.source == "prompts" else frozenset()
+        return PROVIDES[self.task]
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """Models that the method runs."""
+        return frozenset({"policy"}).union(*(stage.roles for stage in self.annotate))
 
     def with_terms(self, terms: Iterable[Term]) -> Method:
         return replace(self, terms=tuple(terms))
 
 
-METHODS: dict[str, Method] = {
-    "sft": Method("sft", "rows", terms=(Term("sft", LOSSES["sft"], "token"),)),
-    "grpo": Method(
+PROVIDES: Mapping[Task, frozenset[str]] = {
+    "sft": frozenset(),
+    "preference": frozenset({"labels"}),
+    "unpaired": frozenset({"labels"}),
+    "reward": frozenset({"labels"}),
+    "prompts": frozenset({"rewards", "sampler_logprobs"}),
+}
+"""Columns that the rows of a task always carry."""
+
+
+def _term(name: str, weight: WeightKind, coef: float = 1.0, *, on: Part = "all", **options: Any) -> Term:
+    defaults = validated_options(LOSSES[name], options, where=name)
+    return Term(name, LOSSES[name], weight, coef, defaults, on)
+
+
+def _preference(name: str, task: Task, loss: str, nll_coef: float = 0.0) -> Method:
+    nll = (_term("nll", "token", nll_coef, on="chosen"),) if nll_coef else ()
+    return Method(name, task, (_term(loss, "row" if task == "unpaired" else "pair"), *nll))
+
+
+_MAKERS = (
+    lambda: Method("sft", "sft", (_term("sft", "token"),)),
+    lambda: Method("reward", "reward", (_term("bradley_terry", "pair"),), scores=True),
+    lambda: _preference("dpo", "preference", "sigmoid"),
+    lambda: _preference("apo", "preference", "apo_zero"),
+    lambda: _preference("simpo", "preference", "simpo"),
+    lambda: _preference("cpo", "preference", "cpo", nll_coef=1.0),
+    lambda: _preference("cpo-simpo", "preference", "simpo", nll_coef=1.0),
+    lambda: _preference("orpo", "preference", "orpo", nll_coef=1.0),
+    lambda: _preference("kto", "unpaired", "kto"),
+    lambda: _preference("bco", "unpaired", "bco"),
+    lambda: Method("gkd", "sft", (_term("gkd", "token"),)),
+    lambda: Method("distill", "sft", (_term("gkd", "token", beta=0.0),)),
+    lambda: Method(
         "grpo",
         "prompts",
         credit=(CreditStage("grpo", CREDITS["grpo"]),),
-        terms=(Term("ppo_clip", LOSSES["ppo_clip"], "sequence"),),
+        terms=(_term("ppo_clip", "sequence"),),
     ),
-}
+)
+
+
+def _all():
+    for make in _MAKERS:
+        try:
+            yield make()
+        except KeyError:
+            continue
+
+
+METHODS: dict[str, Method] = {method.name: method for method in _all()}
 """Built-in methods by name; a configuration may change terms, credit and annotations."""
+
+REFERENCE = Annotate("reference", "logprobs", "ref_logprobs")
+WRITERS: dict[str, Annotation] = {
+    "ref_logprobs": REFERENCE,
+    "kl_baseline": KLBaseline(),
+    "reward_mean": RewardMean(),
+    "teacher_hidden": Annotate("teacher", "hidden", "teacher_hidden"),
+}
+"""The stage that writes a column, for those that one can write by itself."""
+
+
+def completed(method: Method) -> Method:
+    """The method with every stage that its credit rules and terms need."""
+    reads = frozenset().union(*(stage.rule.reads for stage in method.credit), *(term.reads for term in method.terms))
+    written = method.provides.union(*(s.writes for s in method.annotate), *(s.rule.writes for s in method.credit))
+    needed = dict.fromkeys(WRITERS[name] for name in sorted(reads - written) if name in WRITERS)
+    return replace(method, annotate=(*method.annotate, *needed))
 
 
 def check(method: Method) -> None:
@@ -84,17 +165,15 @@ def check(method: Method) -> None:
 
     Raises ConfigError naming the stage, the column and what could write it.
     """
-    have = set(method.provides)
-    for stage in method.annotate:
-        have.add(stage.writes)
+    have = method.provides.union(*(stage.writes for stage in method.annotate))
     for stage in method.credit:
         _need(f"credit {stage.name!r}", stage.rule.reads, have, method)
         have |= stage.rule.writes
     for term in method.terms:
-        _need(f"loss {term.name!r}", term.loss.reads, have, method)
+        _need(f"loss {term.name!r}", term.reads, have, method)
 
 
-def _need(who: str, reads: frozenset[str], have: set[str], method: Method) -> None:
+def _need(who: str, reads: frozenset[str], have: frozenset[str], method: Method) -> None:
     if missing := sorted(reads - have):
         raise ConfigError(
             f"{who} reads {', '.join(missing)}, which nothing in method {method.name!r} writes before it "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
+from whet.annotate import Annotate
 from whet.config.base import Plugin
 from whet.config.names import did_you_mean
 from whet.config.plugin import resolve, validated_options
@@ -11,7 +14,7 @@ from whet.config.run import LossConfig, RunConfig
 from whet.credit import CREDITS, Credit
 from whet.errors import ConfigError
 from whet.losses import LOSSES, Loss
-from whet.methods import METHODS, Annotate, CreditStage, Method, Term, check
+from whet.methods import METHODS, REFERENCE, CreditStage, Method, Term, check, completed
 
 WEIGHTS_OF = {"token": ("token", "sequence", "fixed_length"), "sequence": ("row",), "pair": ("pair",)}
 """Weights that go with a loss, by what one of its values stands for; the first is the default."""
@@ -31,15 +34,26 @@ def method_of(config: RunConfig) -> Method:
     if config.credit is not None:
         method = replace(method, credit=(_credit(config.credit),))
     _check_group_size(config, method)
-    if config.method != "sft" and config.kl.coef:
-        method = _with_kl(method, config)
+    if method.source == "prompts":
+        method = _for_rollouts(method, config)
     if config.entropy_coef:
-        bonus = Term("entropy_bonus", LOSSES["entropy_bonus"], method.terms[0].weight, config.entropy_coef)
+        weight = method.terms[0].weight if method.terms[0].loss.per == "token" else "token"
+        bonus = Term("entropy_bonus", LOSSES["entropy_bonus"], weight, config.entropy_coef)
         method = replace(method, terms=(*method.terms, bonus))
-    if method.source == "prompts" and config.rollout.optimizer_steps > 1:
+    method = completed(replace(method, terms=_distinct(method.terms)))
+    _check_pairs(method)
+    check(method)
+    return method
+
+
+def _for_rollouts(method: Method, config: RunConfig) -> Method:
+    """The KL penalty, and the old policy's logprobs."""
+    if config.kl.coef:
+        term = Term("kl", LOSSES["kl"], method.terms[0].weight, config.kl.coef, {"type": config.kl.type})
+        method = replace(method, terms=(*method.terms, term), annotate=(*method.annotate, REFERENCE))
+    if config.rollout.optimizer_steps > 1:
         # With one optimizer step the old policy is the current one, and this pass would be wasted.
         method = replace(method, annotate=(Annotate("policy", "logprobs", "old_logprobs"), *method.annotate))
-    check(method)
     return method
 
 
@@ -47,12 +61,25 @@ def _terms(config: RunConfig, method: Method) -> tuple[Term, ...]:
     if config.terms is not None:
         if config.loss:
             raise ConfigError("loss and terms are both set; put the options of loss into the entry of terms")
-        return tuple(_term(one, f"terms[{i}]", None) for i, one in enumerate(config.terms))
-    own = method.terms[0]
+        terms = [_term(one, f"terms[{i}]", None) for i, one in enumerate(config.terms)]
+    else:
+        terms = [_own_term(config, method.terms[0]), *(term for term in method.terms[1:] if term.name != "nll")]
+    coef = config.nll_coef
+    if coef is None and config.terms is None:
+        coef = next((term.coef for term in method.terms if term.name == "nll"), 0.0)
+    if coef:
+        terms.append(Term("nll", LOSSES["nll"], "token", coef, on="chosen"))
+    return tuple(terms)
+
+
+def _own_term(config: RunConfig, own: Term) -> Term:
+    """The method's own loss, with the options of `loss`, or the one that `loss.use` names in its place."""
     if not config.loss:
-        return method.terms
+        return own
     written = LossConfig.model_validate({"use": own.name, **config.loss})
-    return (_term(written, "loss", own if written.use == own.name else None), *method.terms[1:])
+    if written.use == own.name:
+        written = LossConfig.model_validate({**own.options, **config.loss, "use": own.name})
+    return _term(written, "loss", own if written.use == own.name else None)
 
 
 def _term(written: LossConfig, where: str, own: Term | None) -> Term:
@@ -67,7 +94,32 @@ def _term(written: LossConfig, where: str, own: Term | None) -> Term:
             f"{where}.weight is {weight!r}, but loss {written.use!r} gives one value per {loss.per}, which goes with "
             f"{' or '.join(possible)}"
         )
-    return Term(written.use, loss, weight, written.coef, options)
+    if written.on != "all" and loss.per == "pair":
+        raise ConfigError(f"{where}.on is {written.on!r}, but loss {written.use!r} is about pairs; leave it out")
+    return Term(written.use, loss, weight, written.coef, options, written.on)
+
+
+def _distinct(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """Terms with names that metrics can tell apart: sft, sft-2."""
+    seen: Counter[str] = Counter()
+    named = []
+    for term in terms:
+        seen[term.name] += 1
+        named.append(term if seen[term.name] == 1 else replace(term, name=f"{term.name}-{seen[term.name]}"))
+    return tuple(named)
+
+
+def _check_pairs(method: Method) -> None:
+    paired = ("preference", "reward")
+    for term in method.terms:
+        if term.loss.per == "pair" and method.task not in paired:
+            raise ConfigError(
+                f"loss {term.name!r} compares chosen with rejected, but {method.name} has no pairs; use one of the "
+                f"methods {', '.join(name for name, one in METHODS.items() if one.task in paired)}"
+            )
+        if ("scores" in term.outputs) != method.scores:
+            needs = "a score head" if "scores" in term.outputs else "a language-model head"
+            raise ConfigError(f"loss {term.name!r} needs {needs}, which {method.name} does not train; choose another")
 
 
 def _credit(written: Plugin) -> CreditStage:
@@ -86,13 +138,3 @@ def _check_group_size(config: RunConfig, method: Method) -> None:
                 f"rollout.group_size is {config.rollout.group_size}, but credit {stage.name!r} needs at least "
                 f"{stage.rule.min_group}; raise it"
             )
-
-
-def _with_kl(method: Method, config: RunConfig) -> Method:
-    term = Term("kl", LOSSES["kl"], method.terms[0].weight, config.kl.coef, {"type": config.kl.type})
-    return replace(
-        method,
-        terms=(*method.terms, term),
-        annotate=(*method.annotate, Annotate("reference", "logprobs", "ref_logprobs")),
-        roles=(*method.roles, "reference"),
-    )

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from whet.answer import answers
-from whet.compose import Policy, Run, compose, load_policy
+from whet.compose import Run, compose
 from whet.config.loader import from_values
 from whet.config.run import RunConfig
 from whet.errors import ConfigError
@@ -27,6 +27,7 @@ from whet.losses import Loss
 from whet.methods import Term
 from whet.models.load import check_model_folder, load_tokenizer
 from whet.recipe import method_of
+from whet.roles import Policy, load_policy
 from whet.types import Message, Sampling
 
 Result = TypeVar("Result")
@@ -136,7 +137,7 @@ class SFTrainer:
         run = self._need_run("evaluate", "train_file")
         if run.loop.evaluate is None:
             raise ConfigError("there are no held-out rows to evaluate on; set eval_file, or data.eval_share")
-        return _finish(run.loop.evaluate())
+        return _finish(run.loop.evaluate(run.loop.progress.running))
 
     def predict(self, prompts: Sequence[str], *, max_new_tokens: int = 256, **sampling: Any) -> list[str]:
         """One answer per prompt. Greedy unless `temperature`, `top_p`, `top_k`, `stop` or `seed` say otherwise."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from whet.batch import Batch
-from whet.models.parts import base, decoder, head
+from whet.models.parts import base, decoder, head, score_head
 from whet.tensor.attention import attention
 from whet.tensor.logprobs import CHUNK_MB, EXTRAS, token_logprobs
 from whet.tensor.segments import Segments
@@ -44,24 +44,49 @@ class Forward:
         return nullcontext() if self.mode == "rows" else attention(base(self.model))
 
     def __call__(self, batch: Batch, outputs: Set[str]) -> dict[str, Tensor]:
-        """`outputs` for this micro-batch, [T] each, 0 where no token is trained; without gradient if none is."""
-        assert outputs <= EXTRAS | {"logprobs"}, f"a language model has no outputs {sorted(outputs)}"
+        """`outputs` for this micro-batch: `scores` [N]; `hidden` [T, H], the state that predicts each trained token;
+        and of the head, [T] each. 0 where no token is trained, and without gradient if none is."""
+        known = EXTRAS | {"logprobs", "scores", "hidden"}
+        assert outputs <= known, f"a language model has no outputs {sorted(outputs - known)}"
         trained = batch.loss_mask.nonzero()[:, 0]
-        if not len(trained):
-            return dict.fromkeys(outputs, torch.zeros(batch.num_tokens, device=batch.tokens.device))
-        hidden, looks = (self._rows if self.mode == "rows" else self._stream)(batch, trained)
-        values = token_logprobs(
-            hidden[looks.predictors],
-            head(self.model),
-            looks.targets,
-            temperature=self.temperature,
-            extras=outputs & EXTRAS,
-            chunk_mb=self.chunk_mb,
-        )
-        return {name: _to_rows(values[name], looks, trained, batch.num_tokens) for name in outputs}
+        if not len(trained) and "scores" not in outputs:
+            return {name: self._nothing(name, batch) for name in outputs}
+        stream = (self._rows if self.mode == "rows" else self._tree)(batch)
+        result = {"scores": self._scores(batch, stream)} if "scores" in outputs else {}
+        if wanted := outputs - {"scores"}:
+            looks = _Looks.at(trained, stream, shared=len(stream.tokens) < batch.num_tokens)
+            values = self._values(stream, looks, wanted)
+            result |= {name: _to_rows(values[name], looks, trained, batch.num_tokens) for name in wanted}
+        return result
 
-    def _stream(self, batch: Batch, trained: Tensor) -> tuple[Tensor, _Looks]:
-        """Hidden states [P, H] of the tree's stream, and where the head looks."""
+    def _values(self, stream: _Stream, looks: _Looks, outputs: Set[str]) -> dict[str, Tensor]:
+        """Outputs [K] at the looks."""
+        seen = stream.hidden[looks.predictors]
+        values = {"hidden": seen} if "hidden" in outputs else {}
+        if outputs - {"hidden"}:
+            values |= token_logprobs(
+                seen,
+                head(self.model),
+                looks.targets,
+                temperature=self.temperature,
+                extras=outputs & EXTRAS,
+                chunk_mb=self.chunk_mb,
+            )
+        return values
+
+    def _nothing(self, name: str, batch: Batch) -> Tensor:
+        """An output of a batch without trained tokens."""
+        shape = (batch.num_tokens, head(self.model).weight.shape[1]) if name == "hidden" else (batch.num_tokens,)
+        return torch.zeros(shape, device=batch.tokens.device)
+
+    def _scores(self, batch: Batch, stream: _Stream) -> Tensor:
+        """[N] the score head at the last token of each sequence, in float32 whatever the decoder computes in."""
+        last = stream.hidden[stream.places[batch.cu_seqlens[1:].long() - 1]]
+        with torch.autocast(last.device.type, enabled=False):
+            return score_head(self.model)(last.float())[:, 0]
+
+    def _tree(self, batch: Batch) -> _Stream:
+        """The tree's stream through the decoder."""
         tree, device = batch.tree, batch.tokens.device
         tokens = torch.from_numpy(tree.tokens).to(device)
         hidden = self.decoder(
@@ -71,13 +96,10 @@ class Forward:
             use_cache=False,
             attention_context=Segments(tree, device),
         ).last_hidden_state[0]
-        places, inverse = torch.from_numpy(tree.index).to(device)[trained], None
-        if tree.num_tokens < batch.num_tokens:  # rows that share a trained token share one look
-            places, inverse = torch.unique(places, return_inverse=True)
         predecessors = torch.from_numpy(tree.predecessors).to(device)
-        return hidden, _Looks(predecessors[places], tokens[places], inverse)
+        return _Stream(hidden, tokens, torch.from_numpy(tree.index).to(device), predecessors)
 
-    def _rows(self, batch: Batch, trained: Tensor) -> tuple[Tensor, _Looks]:
+    def _rows(self, batch: Batch) -> _Stream:
         """The same from rows padded on the right to the longest."""
         longest = int(batch.lengths.max())
         places = batch.sequence_ids * longest + batch.position_ids
@@ -86,7 +108,18 @@ class Forward:
         hidden = self.decoder(
             input_ids=tokens.view(-1, longest), attention_mask=mask.view(-1, longest), use_cache=False
         ).last_hidden_state.flatten(0, 1)
-        return hidden, _Looks(places[trained] - 1, batch.tokens[trained], None)
+        return _Stream(hidden, tokens, places, torch.arange(len(tokens), device=tokens.device) - 1)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """What the model ran on: P places with hidden states [P, H], tokens and predecessors [P]; `places` [T] says where
+    each token of the batch stands."""
+
+    hidden: Tensor
+    tokens: Tensor
+    places: Tensor
+    predecessors: Tensor
 
 
 @dataclass(frozen=True)
@@ -98,11 +131,19 @@ class _Looks:
     targets: Tensor
     inverse: Tensor | None
 
+    @classmethod
+    def at(cls, trained: Tensor, stream: _Stream, *, shared: bool) -> _Looks:
+        """Looks that predict these tokens [M] of the batch; rows that share a trained token share one look."""
+        places, inverse = stream.places[trained], None
+        if shared:
+            places, inverse = torch.unique(places, return_inverse=True)
+        return cls(stream.predecessors[places], stream.tokens[places], inverse)
+
 
 def _to_rows(values: Tensor, looks: _Looks, trained: Tensor, num_tokens: int) -> Tensor:
-    """[K] -> [T], 0 where no token is trained."""
+    """[K, ...] -> [T, ...], 0 where no token is trained."""
     values = values.float() if looks.inverse is None else values.float()[looks.inverse]
-    return values.new_zeros(num_tokens).index_copy(0, trained, values)
+    return values.new_zeros(num_tokens, *values.shape[1:]).index_copy(0, trained, values)
 
 
 @torch.no_grad()

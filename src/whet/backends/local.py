@@ -25,11 +25,11 @@ from whet.models.adapters import adapter_off, trainable_summary
 from whet.models.export import save_model
 from whet.models.parts import base
 from whet.models.restore import load_weights
+from whet.tally import Tally
 
+PER_SEQUENCE = {"scores"}
+"""Outputs with one value per sequence; the others have one per token."""
 SCALER_FILE = "scaler.json"
-
-METRIC_WEIGHTS = {"token": "token", "sequence": "row", "pair": "pair"}
-"""What a metric is averaged with, by what its loss is per."""
 
 OUT_OF_MEMORY = (
     "the GPU ran out of memory. In this order: lower backend.max_tokens_per_device (now {max_tokens}); set "
@@ -74,24 +74,27 @@ class LocalBackend:
 
     @torch.no_grad()
     def forward(self, batch: Batch, outputs: Set[str]) -> dict[str, Tensor]:
-        """Outputs [T] over the whole batch, on the batch's device."""
+        """Outputs over the whole batch, on the batch's device."""
         self.model.eval()
-        results = {name: torch.zeros(batch.num_tokens, device=batch.tokens.device) for name in outputs}
+        results: dict[str, Tensor] = {}
         with self.compute.installed():
             for units in self._micro_batches(batch):
                 micro = batch.select(units)
                 chosen = torch.tensor(units, device=batch.unit_ids.device)
-                tokens = torch.isin(batch.unit_ids, chosen)[batch.sequence_ids]
+                sequences = torch.isin(batch.unit_ids, chosen)
                 with self.arithmetic.context():
                     out = self.compute(micro.to(self.arithmetic.device), outputs)
-                for name in outputs:
-                    results[name][tokens] = out[name].to(results[name].device)
+                for name, values in out.items():
+                    rows = sequences if name in PER_SEQUENCE else sequences[batch.sequence_ids]
+                    if name not in results:
+                        results[name] = values.new_zeros(len(rows), *values.shape[1:]).to(batch.tokens.device)
+                    results[name][rows] = values.to(results[name].device)
         return results
 
     def forward_backward(self, batch: Batch, terms: Sequence[Term]) -> dict[str, float]:
         """Add up the gradient over micro-batches; see `Backend.forward_backward`."""
         self.model.train()
-        totals = _Totals()
+        tally = Tally(terms)
         outputs = frozenset().union(*(term.outputs for term in terms))
         with self.compute.installed():
             for units in self._micro_batches(batch):
@@ -99,13 +102,16 @@ class LocalBackend:
                 try:
                     with self.arithmetic.context():
                         out = self.compute(micro, outputs)
-                    loss = totals.add(out, micro, terms)
+                    loss = tally.add(out, micro)
                     if loss.requires_grad:  # else no token of this micro-batch is trained
                         self.scaler.scale(loss).backward()
                 except torch.OutOfMemoryError as error:
                     remedies = {"max_tokens": self.config.max_tokens_per_device, "chunk_mb": self.config.head_chunk_mb}
                     raise TrainingError(OUT_OF_MEMORY.format(**remedies)) from error
-        return totals.finish()
+        result = tally.finish()
+        if not math.isfinite(result["loss"]):
+            raise TrainingError(_not_finite(result["loss"], tally.losses))
+        return result
 
     def optim_step(self, lr: float) -> dict[str, float]:
         """Clip the gradient, step, clear; returns `grad_norm` before clipping."""
@@ -146,6 +152,12 @@ class LocalBackend:
         """The weights, in the type they are trained in."""
         save_model(self.model, self.tokenizer, folder)
 
+    @torch.no_grad()
+    def move_towards(self, other: LocalBackend, share: float) -> None:
+        """Each weight becomes (1 - share) of itself and `share` of the other's."""
+        for own, theirs in zip(self.model.parameters(), other.model.parameters(), strict=True):
+            own.lerp_(theirs.to(own), share)
+
     def offload(self) -> None:
         """Move weights and optimizer state to the CPU."""
         self._move(torch.device("cpu"))
@@ -178,56 +190,20 @@ class LocalBackend:
         return batch.micro_batches(self.config.max_tokens_per_device, self.config.micro_batch_size)
 
 
+def _not_finite(loss: float, parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> str:
+    """Which units a loss that is not finite comes from, and what to do."""
+    bad = [name for units, part in parts if not torch.isfinite(part) for name in units]
+    names = ", ".join(bad[:8]) + (" …" if len(bad) > 8 else "")
+    return (
+        f"the loss is {loss} in the micro-batch of {names}; nothing was updated. Look at these rows, lower optim.lr, "
+        "or use float32 arithmetic (backend.precision)"
+    )
+
+
 def _checkpoint_activations(model: PreTrainedModel) -> None:
     # The newer name where there is one: the older then warns.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
-
-
-class _Totals:
-    """Sums of losses and metrics over the micro-batches of a step, read from the device once at the end."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.losses: list[tuple[tuple[str, ...], Tensor]] = []
-
-    def add(self, out: dict[str, Tensor], batch: Batch, terms: Sequence[Term]) -> Tensor:
-        """The loss of one micro-batch; everything else is taken note of."""
-        loss = torch.zeros((), device=batch.tokens.device)
-        for term in terms:
-            values, metrics = term.loss(out, batch, **term.options)
-            part = (values * batch[f"weights/{term.weight}"]).sum()
-            loss = loss + term.coef * part
-            if len(terms) > 1:
-                self._sum(f"{term.name}_loss", part)
-            weights = batch[f"weights/{METRIC_WEIGHTS[term.loss.per]}"]
-            for name, value in metrics.items():
-                if name.endswith("_max"):
-                    value = torch.where(weights > 0, value, -torch.inf).max()
-                    self.sums[name] = torch.maximum(self.sums.get(name, value), value)
-                else:
-                    self._sum(name, (value.detach() * weights).sum())
-        self._sum("loss", loss)
-        self.losses.append((batch.unit_names, loss.detach()))
-        return loss
-
-    def _sum(self, name: str, value: Tensor) -> None:
-        value = value.detach()
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def finish(self) -> dict[str, float]:
-        """Everything as numbers. Raises TrainingError when a loss is not finite, naming the units."""
-        numbers = torch.stack([value.double() for value in self.sums.values()]).tolist()
-        result = dict(zip(self.sums, numbers, strict=True))
-        if not math.isfinite(result["loss"]):
-            bad = [name for units, loss in self.losses if not torch.isfinite(loss) for name in units]
-            names = ", ".join(bad[:8]) + (" …" if len(bad) > 8 else "")
-            raise TrainingError(
-                f"the loss is {result['loss']} in the micro-batch of {names}; "
-                "nothing was updated. Look at these rows, lower optim.lr, or use float32 arithmetic (backend.precision)"
-            )
-        # A maximum over no token at all is -inf; like the means of nothing it becomes 0.
-        return {name: 0.0 if number == -math.inf else number for name, number in result.items()}
 
 
 class WithoutAdapter:

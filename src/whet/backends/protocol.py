@@ -47,6 +47,10 @@ class Backend(Protocol):
         """Write the weights alone, in a form that transformers or peft load."""
         ...
 
+    def move_towards(self, other: Backend, share: float) -> None:
+        """Make every weight `share` of the other's and the rest of its own (TR-DPO, arXiv:2404.09656)."""
+        ...
+
     def offload(self) -> None:
         """Free the accelerator for an engine that shares it."""
         ...

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 from whet.config.data import DataConfig
 from whet.config.names import did_you_mean, show
 from whet.config.problems import Problem
-from whet.config.rollout import EngineConfig, KLConfig, RolloutConfig
+from whet.config.rollout import RolloutConfig
 from whet.config.run import RunConfig
 from whet.config.train import TrainConfig
 
-METHOD_NAMES = ("sft", "grpo")
+PAIRED = ("dpo", "apo", "simpo", "cpo", "cpo-simpo", "orpo")
+UNPAIRED = ("kto", "bco")
+DISTILLS = ("gkd", "distill")
+REINFORCES = ("grpo",)
+METHOD_NAMES = ("sft", "reward", *PAIRED, *UNPAIRED, *DISTILLS, *REINFORCES)
 """Methods that can be chosen by name."""
+REFERS = ("dpo", "apo", *UNPAIRED, *REINFORCES)
+"""Methods that hold the policy against a reference."""
+BELONGS: Mapping[str, tuple[str, ...]] = {
+    "reward": REINFORCES,
+    "credit": REINFORCES,
+    "env": REINFORCES,
+    "kl": REINFORCES,
+    "rollout": (*REINFORCES, *DISTILLS),
+    "engine": (*REINFORCES, *DISTILLS),
+    "reference": REFERS,
+    "nll_coef": (*PAIRED, *UNPAIRED),
+    "distill": DISTILLS,
+}
+"""Sections, and the methods that have a use for them."""
 GROUP_CREDITS = ("grpo", "grpo_no_std", "rloo")
 """Credit rules that compare the members of a group, and so need at least two."""
 LESS_IS_BETTER = ("loss", "perplexity")
@@ -41,7 +59,7 @@ def _problem(path: str, text: str) -> Problem:
 
 
 def _reinforces(config: RunConfig) -> bool:
-    return config.method == "grpo"
+    return config.method in REINFORCES
 
 
 def _evaluates(config: RunConfig) -> bool:
@@ -62,47 +80,85 @@ def _trains(config: RunConfig) -> Iterator[Problem]:
 
 def _needs(config: RunConfig) -> Iterator[Problem]:
     if _reinforces(config) and not config.reward:
-        yield _problem("reward", "reward is missing: grpo needs one, as in reward.use: math")
+        yield _problem("reward", f"reward is missing: {config.method} needs one, as in reward.use: math")
+    if config.method in DISTILLS and config.distill.teacher is None:
+        yield _problem("distill.teacher", f"distill.teacher is missing: {config.method} learns from a teacher")
     if config.terms == []:
         yield _problem("terms", "terms is an empty list, so there is no loss; name a term or leave it out")
 
 
 def _belongs(config: RunConfig) -> Iterator[Problem]:
-    """Settings of the other kind of training, which would be ignored."""
-    if config.method == "sft":
-        own = {
-            "reward": None,
-            "credit": None,
-            "env": None,
-            "kl": KLConfig(),
-            "rollout": RolloutConfig(),
-            "engine": EngineConfig(),
-        }
-        for name, default in own.items():
-            if getattr(config, name) != default:
-                yield _problem(name, f"{name} is given, but sft has no use for it; remove it, or set method to grpo")
-        if config.data.max_prompt_length is not None:
+    """Settings that the method would ignore."""
+    if config.method not in METHOD_NAMES:
+        return
+    for name, methods in BELONGS.items():
+        if config.method not in methods and getattr(config, name) != RunConfig.model_fields[name].default:
+            other = f"set method to {' or '.join(methods[:3])}" if len(methods) < 4 else f"it goes with {methods[0]}"
+            yield _problem(name, f"{name} is given, but {config.method} has no use for it; remove it, or {other}")
+    if _reinforces(config):
+        yield from _rollouts_alone(config)
+    elif config.data.max_prompt_length is not None:
+        yield _problem(
+            "data.max_prompt_length",
+            f"data.max_prompt_length is {config.data.max_prompt_length}, but {config.method} has no use for it; "
+            "data.max_length limits whole sequences",
+        )
+
+
+def _rollouts_alone(config: RunConfig) -> Iterator[Problem]:
+    """Settings of training on rows, given to reinforcement learning."""
+    if config.data.max_length != DataConfig.model_fields["max_length"].default:
+        yield _problem(
+            "data.max_length",
+            f"data.max_length is {config.data.max_length}, but {config.method} has no use for it: "
+            "data.max_prompt_length limits prompts and rollout.max_tokens completions; remove it",
+        )
+    for name in ("batch_size", "accumulation"):
+        value = getattr(config.train, name)
+        if value != TrainConfig.model_fields[name].default:
             yield _problem(
-                "data.max_prompt_length",
-                f"data.max_prompt_length is {config.data.max_prompt_length}, but sft has no use for it; "
-                "data.max_length limits whole sequences",
+                f"train.{name}",
+                f"train.{name} is {value}, but {config.method} has no use for it: a step takes "
+                f"rollout.prompts_per_step ({config.rollout.prompts_per_step}) x rollout.group_size "
+                f"({config.rollout.group_size}) completions; remove it",
             )
-    elif _reinforces(config):
-        if config.data.max_length != DataConfig.model_fields["max_length"].default:
+
+
+def _distillation(config: RunConfig) -> Iterator[Problem]:
+    """A teacher that samples or watches samples is there all the time; sampling takes one completion per row."""
+    if config.method not in DISTILLS:
+        return
+    for name in ("prompts_per_step", "group_size", "optimizer_steps"):
+        value = getattr(config.rollout, name)
+        if value != RolloutConfig.model_fields[name].default:
             yield _problem(
-                "data.max_length",
-                f"data.max_length is {config.data.max_length}, but grpo has no use for it: data.max_prompt_length "
-                "limits prompts and rollout.max_tokens completions; remove it",
+                f"rollout.{name}",
+                f"rollout.{name} is {value}, but {config.method} has no use for it: a step takes train.batch_size "
+                "rows, with one completion each; remove it",
             )
-        for name in ("batch_size", "accumulation"):
-            value = getattr(config.train, name)
-            if value != TrainConfig.model_fields[name].default:
-                yield _problem(
-                    f"train.{name}",
-                    f"train.{name} is {value}, but grpo has no use for it: a step takes "
-                    f"rollout.prompts_per_step ({config.rollout.prompts_per_step}) x rollout.group_size "
-                    f"({config.rollout.group_size}) completions; remove it",
-                )
+
+
+def _reference(config: RunConfig) -> Iterator[Problem]:
+    reference = config.reference
+    if reference.precompute and _reinforces(config):
+        yield _problem(
+            "reference.precompute",
+            f"reference.precompute is true, but the completions of {config.method} do not exist before they are "
+            "sampled; remove it",
+        )
+    if reference.sync_steps is None:
+        return
+    if reference.precompute:
+        yield _problem(
+            "reference.precompute",
+            "reference.precompute is true, but reference.sync_steps moves the reference while it trains; keep one",
+        )
+    if config.model.adapter is not None:
+        yield _problem(
+            "reference.sync_steps",
+            f"reference.sync_steps is {reference.sync_steps}, but under model.adapter the reference is the policy with "
+            "its adapter off, which cannot be moved; train all weights, or leave it out",
+        )
 
 
 def _groups(config: RunConfig) -> Iterator[Problem]:
@@ -234,6 +290,8 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _method,
     _needs,
     _belongs,
+    _distillation,
+    _reference,
     _groups,
     _loss,
     _precision,

@@ -9,6 +9,7 @@ from whet.config.base import Config, Plugin
 from whet.config.data import DataConfig
 from whet.config.model import ModelConfig
 from whet.config.optim import OptimConfig
+from whet.config.roles import DistillConfig, ReferenceConfig
 from whet.config.rollout import EngineConfig, KLConfig, RewardConfig, RolloutConfig
 from whet.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
 
@@ -18,18 +19,22 @@ class LossConfig(Plugin):
 
     coef: float = 1.0
     """Factor of this term."""
-    weight: Literal["token", "sequence", "fixed_length", "pair"] | None = None
+    weight: Literal["token", "sequence", "fixed_length", "row", "pair"] | None = None
     """How values become one number over the global batch: the mean over trained tokens (`token`), over
     sequences of their token means (`sequence`), the sum over tokens divided by sequences times the
-    longest allowed completion (`fixed_length`), or the mean over pairs (`pair`). The default is the
+    longest allowed completion (`fixed_length`), or the mean over rows (`row`) or pairs (`pair`). The default is the
     method's for its own loss, and `token` for any other loss over tokens."""
+    on: Literal["all", "chosen"] = "all"
+    """Which sequences count: all, or those that are chosen or desirable."""
 
 
 class RunConfig(Config):
     """A run: one method, one model, one data set."""
 
     method: str = "sft"
-    """What to do: `sft` or `grpo`. The command line sets it from the command."""
+    """What to do: `sft`; `reward`; preference optimisation by `dpo`, `simpo`, `cpo`, `cpo-simpo`, `orpo`, `apo` on
+    pairs, or `kto`, `bco` on labelled completions; distillation by `gkd`, `distill`; reinforcement learning by `grpo`.
+    The command line sets it from the command."""
     output_dir: str = "runs/default"
     """Folder for checkpoints, metrics and the final model."""
     seed: int = Field(default=0, ge=0)
@@ -51,6 +56,12 @@ class RunConfig(Config):
     kl: KLConfig = KLConfig()
     entropy_coef: float = 0.0
     """Coefficient of an entropy bonus."""
+    nll_coef: float | None = Field(default=None, ge=0)
+    """Coefficient of the cross-entropy of the chosen completions beside a preference loss (the alpha of RPO and CPO).
+    The default is 1 for `cpo`, `cpo-simpo` and `orpo`, and 0 for the others."""
+    reference: ReferenceConfig = ReferenceConfig()
+    """The frozen model that preference losses, and the KL penalty, hold the policy against."""
+    distill: DistillConfig = DistillConfig()
     rollout: RolloutConfig = RolloutConfig()
     engine: EngineConfig = EngineConfig()
     env: Plugin | None = None

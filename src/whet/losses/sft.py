@@ -30,3 +30,9 @@ def dft(out: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:
     """
     values = -out["logprobs"].detach().exp() * out["logprobs"]
     return values, {"mean_token_accuracy": out["correct"], "entropy": out["entropy"]}
+
+
+@loss()
+def nll(out: Outputs, batch: Batch) -> tuple[Tensor, Metrics]:
+    """Cross-entropy per token [T] in nats and nothing else: the term that goes with a preference loss."""
+    return -out["logprobs"], {}

@@ -69,6 +69,14 @@ def head(model: nn.Module) -> Head:
     return Head(module, module.weight, getattr(module, "bias", None), _scale(inner), _softcap(inner))
 
 
+def score_head(model: nn.Module) -> nn.Module:
+    """The linear layer [H] -> [1] of a reward model. Raises ModelError for a model without one."""
+    module = getattr(base(model), "score", None)
+    if module is None:
+        raise ModelError(f"{type(base(model)).__name__} has no score head; load it as a reward model")
+    return module
+
+
 def _scale(model: nn.Module) -> float:
     """What logits are multiplied by, under whichever name the family keeps it."""
     config = model.config.get_text_config()

@@ -1,0 +1,135 @@
+"""The models of a run by role: the policy, and the frozen reference and teacher beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from whet.backends.device import Arithmetic, choose
+from whet.backends.local import LocalBackend, WithoutAdapter
+from whet.backends.protocol import Backend
+from whet.config.model import ModelConfig
+from whet.config.plugin import resolve
+from whet.config.run import RunConfig
+from whet.engines.local.engine import LocalEngine
+from whet.engines.protocol import Engine
+from whet.errors import ConfigError
+from whet.methods import Method
+from whet.models.load import load_model, stop_token_ids
+
+BACKENDS: dict[str, Any] = {"local": LocalBackend}
+ENGINES: dict[str, Any] = {"local": LocalEngine}
+
+
+@dataclass
+class Policy:
+    """A model ready to compute and to answer, the frozen models beside it, and what was resolved on the way."""
+
+    config: RunConfig
+    method: Method
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: tuple[int, ...]
+    arithmetic: Arithmetic
+    backends: dict[str, Backend]
+
+    @property
+    def backend(self) -> Backend:
+        return self.backends["policy"]
+
+    def engine(self, role: str = "policy") -> Engine:
+        """A new engine over the weights of the model in this role."""
+        config = self.config.engine
+        return engine_maker(self.config)(
+            self.backends[role].model,
+            self.tokenizer,
+            stop_token_ids=self.stop_token_ids,
+            max_concurrent=config.max_concurrent,
+            timeout_s=config.timeout_s,
+            autocast=self.arithmetic.autocast,
+        )
+
+
+def engine_maker(config: RunConfig) -> Any:
+    """What makes the run's engine. Raises ConfigError for an unknown one."""
+    return resolve(config.engine.use, ENGINES, what="engine", where="engine.use")
+
+
+def load_policy(config: RunConfig, method: Method, tokenizer: PreTrainedTokenizerBase, *, train: bool) -> Policy:
+    """Load the model on its device, with an optimizer if it is to be trained, and the frozen models it needs.
+
+    Evaluation of what was sampled needs no frozen model, that of rows needs all.
+    """
+    arithmetic = choose(config.backend)
+    if train and arithmetic.device.type == "cpu" and config.model.dtype == "float16":
+        raise ConfigError("model.dtype is 'float16', which a CPU does not train in; use float32 or bfloat16")
+    torch.manual_seed(config.seed)
+    loader = _Loader(config, method, tokenizer, arithmetic)
+    model = load_model(config.model, arithmetic.device, **({"scores": True} if method.scores else {}))
+    backends = {"policy": loader.backend(model, optim=config.optim if train else None)}
+    roles = method.roles if train or method.source == "rows" else frozenset()
+    if "reference" in roles:
+        backends["reference"] = loader.reference(backends["policy"])
+    if "teacher" in roles:
+        backends["teacher"] = loader.frozen(teacher_config(config))
+    stops = stop_token_ids(model, tokenizer)
+    return Policy(config, method, tokenizer, stops, arithmetic, backends)
+
+
+def teacher_config(config: RunConfig) -> ModelConfig:
+    """The teacher as a model to load."""
+    distill = config.distill
+    assert distill.teacher is not None, "distillation without a teacher is refused before"
+    return ModelConfig(
+        path=distill.teacher,
+        dtype=distill.dtype or config.model.dtype,
+        quantization=distill.quantization,
+        attention=config.model.attention,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """Makes backends that share device, arithmetic and temperature."""
+
+    config: RunConfig
+    method: Method
+    tokenizer: PreTrainedTokenizerBase
+    arithmetic: Arithmetic
+
+    def backend(self, model: Any, **options: Any) -> Backend:
+        """A backend over a model that is loaded."""
+        make = resolve(self.config.backend.use, BACKENDS, what="backend", where="backend.use")
+        sampled = self.method.source == "prompts"
+        return make(
+            model,
+            self.tokenizer,
+            self.config.backend,
+            self.arithmetic,
+            attention=self.config.model.attention,
+            temperature=self.config.rollout.temperature if sampled else 1.0,
+            **options,
+        )
+
+    def frozen(self, model: ModelConfig) -> Backend:
+        """A model of its own that is never trained."""
+        return self.backend(load_model(model, self.arithmetic.device).requires_grad_(False))
+
+    def reference(self, policy: Backend) -> Backend:
+        """Another model if one is named; under a new adapter the policy with its adapter off; otherwise, and under
+        an adapter that is trained on, a second copy of what the run began with.
+
+        Where it is computed before the first step, the policy itself is still that copy.
+        """
+        settings, model = self.config.reference, self.config.model
+        if settings.path is not None:
+            plain = {"path": settings.path, "adapter": None, "revision": None}
+            return self.frozen(model.model_copy(update=plain))
+        if model.adapter is not None:
+            return WithoutAdapter(policy)
+        if settings.precompute:
+            return policy
+        return self.frozen(model)
