@@ -48,7 +48,14 @@ HUGGING_FACE: Mapping[str, tuple[Any, Any]] = {
     "lora_alpha": (16, {"model.adapter.alpha": 16.0}),
     "lora_dropout": (0.1, {"model.adapter.dropout": 0.1}),
     "lora_target_modules": (["q_proj"], {"model.adapter.target_modules": ["q_proj"]}),
-    "load_in_4bit": (True, REFUSED),
+    "load_in_4bit": (True, {"model.quantization.bits": 4}),
+    "load_in_8bit": (True, {"model.quantization.bits": 8}),
+    "bnb_4bit_quant_type": ("fp4", {"model.quantization.type": "fp4"}),
+    "bnb_4bit_use_double_quant": (False, {"model.quantization.double": False}),
+    "bnb_4bit_compute_dtype": ("bfloat16", {"model.quantization.compute_dtype": "bfloat16"}),
+    "use_rslora": (True, {"model.adapter.rslora": True}),
+    "use_dora": (True, {"model.adapter.dora": True}),
+    "init_lora_weights": ("pissa", {"model.adapter.init": "pissa"}),
     "attn_implementation": ("sdpa", REFUSED),
 }
 SFT_TRAINER: Mapping[str, tuple[Any, Any]] = {
@@ -147,6 +154,8 @@ def base_of(method: str, taken: Any) -> dict[str, Any]:
     """The least that a run needs, without what the name under test sets itself."""
     base: dict[str, Any] = {"model.path": "tiny", "data.train": "rows.jsonl", "data.eval": "held_out.jsonl"}
     base |= {"reward.use": "math"} if method == "grpo" else {}
+    quantised = isinstance(taken, dict) and any(name.startswith("model.quantization") for name in taken)
+    base |= {"model.adapter.type": "lora"} if quantised else {}
     return {name: value for name, value in base.items() if not (isinstance(taken, dict) and name in taken)}
 
 
@@ -247,7 +256,13 @@ def error_of(method: str = "sft", **values: Any) -> str:
         ({"eval_strategy": "steps", "eval_steps": 9}, "eval.every_steps", 9),
         ({"eval_strategy": False}, "eval.at_end", False),
         ({"save_strategy": "epoch"}, "checkpoint.every_epochs", 1),
-        ({"load_in_4bit": False}, "model.adapter", None),
+        ({"load_in_4bit": False, "load_in_8bit": None}, "model.quantization", None),
+        ({"use_dora": False, "use_rslora": None}, "model.adapter", None),
+        ({"init_lora_weights": True}, "model.adapter.init", "default"),
+        ({"bnb_4bit_quant_type": "fp4", "use_lora": True}, "model.quantization.bits", 4),
+        ({"train_mode": "qlora"}, "model.quantization.bits", 4),
+        ({"train_mode": "qlora"}, "model.adapter.type", "lora"),
+        ({"train_mode": "lora"}, "model.quantization", None),
         ({"apply_chat_template": False}, "data.chat", "never"),
         ({"optim": {"learning_rate": "1e-5"}}, "optim.lr", 1e-5),
         ({"model": {"use_lora": True}}, "model.adapter.type", "lora"),
@@ -264,7 +279,12 @@ def test_values_are_said_in_our_way(values: dict, path: str, expected: object):
         ({"device": "cuda:1"}, "set CUDA_VISIBLE_DEVICES"),
         ({"use_lora": "yes please"}, "it must be true or false"),
         ({"use_lora": False, "lora_rank": 8}, "model.adapter is given twice"),
-        ({"train_mode": "qlora"}, "weights in 4 bits are not in this version; use lora"),
+        ({"train_mode": "dora"}, "must be full, lora or qlora"),
+        ({"load_in_4bit": True, "load_in_8bit": True, "lora_r": 4}, "model.quantization.bits is given twice"),
+        ({"load_in_4bit": False, "train_mode": "qlora"}, "but model.quantization.bits is 4; keep one of the two"),
+        ({"use_dora": False, "model.adapter.dora": True}, "but model.adapter.dora is true; keep one of the two"),
+        ({"init_lora_weights": False}, "a random update; use true"),
+        ({"init_lora_weights": "eva"}, "model.adapter.init: 'eva' is not among default, gaussian, pissa"),
         ({"bf16": True, "fp16": True}, "backend.precision is given twice"),
         ({"bf16": False, "backend.precision": "bf16"}, "bf16 is false (from the call), but backend.precision is bf16"),
         ({"use_amp": False, "fp16": True}, "use_amp is false (from the call), but backend.precision is fp16"),

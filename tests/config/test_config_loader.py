@@ -161,15 +161,15 @@ seed: abc
 eval:
   patience: 2
 train: {batch_size: true}
-load_in_4bit: true
+attn_implementation: sdpa
 """
     error = error_of("sft", text, "--optim.schedule", "cosin", "--learning-rat=3")
     assert error.splitlines() == [
         "9 problems in the configuration:",
         "  - optim.shedule is not a setting (value 'cosine', from run.yaml, line 5); did you mean optim.schedule?",
         "  - train.batch_size must be a whole number, got true (from run.yaml, line 9)",
-        "  - load_in_4bit is true (from run.yaml, line 10), but it is refused: quantised weights are not in this "
-        "version; use model.adapter",
+        "  - attn_implementation is 'sdpa' (from run.yaml, line 10), but it is refused: attention is whet's own; "
+        "choose how a batch runs with model.attention",
         "  - learning_rat is not a setting (value 3, from --learning-rat); did you mean learning_rate (optim.lr)?",
         "  - seed must be a whole number, got 'abc' (from run.yaml, line 6)",
         "  - optim.lr must be greater than 0, got -1 (from run.yaml, line 4)",

@@ -75,6 +75,24 @@ BROKEN = {
         "model.dtype is 'float16'",
         "use model.dtype float32",
     ),
+    "quantised weights alone": (
+        SFT,
+        {"model.quantization": {}},
+        "model.quantization is given, but weights of 4 bits cannot be trained",
+        "add model.adapter",
+    ),
+    "a 4-bit type in 8 bits": (
+        SFT,
+        {"model.adapter": {}, "model.quantization.bits": 8, "model.quantization.type": "fp4"},
+        "model.quantization.type is 'fp4'",
+        "remove it, or use 4 bits",
+    ),
+    "DoRA on 8 bits": (
+        SFT,
+        {"model.adapter.dora": True, "model.quantization.bits": 8},
+        "model.adapter.dora is true",
+        "model.quantization.bits 4",
+    ),
     "warm-up beyond the end": (
         SFT,
         {"optim.warmup_steps": 11, "train.steps": 10},

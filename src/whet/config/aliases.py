@@ -19,7 +19,6 @@ ORIGINS = (*_HF, *_SFT, *_TOOLKIT, *_SLIME)
 
 _ONE_DEVICE = "this version trains and samples in one process on one device"
 _NO_PARALLEL = "this version trains on one device; models are not split over several"
-_QUANTISED = "quantised weights are not in this version; use model.adapter"
 _FILTERED = "groups are not filtered while they are sampled in this version; leave it out"
 _LEFT_OVER = (
     "every completion is finished in the step that began it in this version, so nothing is left over; leave it out"
@@ -112,8 +111,27 @@ _ALL = [
     renamed(_SLIME, "max_tokens_per_gpu", "backend.max_tokens_per_device"),
     idle(_SLIME, "use_dynamic_batch_size", "micro-batches are always cut by their tokens, without changing the loss"),
     idle(_SLIME, "balance_data", "there is one device, so nothing to balance"),
-    refused(_HF, "load_in_4bit", _QUANTISED),
-    refused(_HF, "load_in_8bit", _QUANTISED),
+    converted(
+        _HF,
+        "load_in_4bit",
+        "model.quantization.bits",
+        read.load_in(4),
+        "true is 4",
+        switch=True,
+        check=read.not_load_in(4),
+    ),
+    converted(
+        _HF,
+        "load_in_8bit",
+        "model.quantization.bits",
+        read.load_in(8),
+        "true is 8",
+        switch=True,
+        check=read.not_load_in(8),
+    ),
+    renamed(_HF, "bnb_4bit_quant_type", "model.quantization.type", "makes quantised weights"),
+    renamed(_HF, "bnb_4bit_use_double_quant", "model.quantization.double", "makes quantised weights"),
+    renamed(_HF, "bnb_4bit_compute_dtype", "model.quantization.compute_dtype", "makes quantised weights"),
     refused(
         _HF, "attn_implementation", "attention is whet's own; choose how a batch runs with model.attention", off=(None,)
     ),
@@ -131,13 +149,39 @@ _ALL = [
     renamed(_HF + _SFT, "lora_alpha", "model.adapter.alpha", "makes an adapter"),
     renamed(_HF + _SFT, "lora_dropout", "model.adapter.dropout", "makes an adapter"),
     renamed(_HF + _SFT, "lora_target_modules", "model.adapter.target_modules", "makes an adapter"),
+    converted(
+        _HF,
+        "use_rslora",
+        "model.adapter.rslora",
+        read.variant("rslora"),
+        "true makes an adapter",
+        switch=True,
+        check=read.not_variant("rslora"),
+    ),
+    converted(
+        _HF,
+        "use_dora",
+        "model.adapter.dora",
+        read.variant("dora"),
+        "true makes an adapter",
+        switch=True,
+        check=read.not_variant("dora"),
+    ),
+    converted(
+        _HF,
+        "init_lora_weights",
+        "model.adapter.init",
+        read.init_lora_weights,
+        "true is `default`; makes an adapter",
+        switch=True,
+    ),
     converted(_SFT, "freeze_layers", "model.freeze.layers", read.freeze_layers, "null is 0"),
     converted(
         _TOOLKIT,
         "train_mode",
-        "model.adapter model.adapter.type",
+        "model.adapter model.adapter.type model.quantization.bits",
         read.train_mode,
-        "`lora` is an adapter, `full` none; `qlora` is refused",
+        "`full` is no adapter, `lora` is one, `qlora` one on weights of 4 bits",
     ),
     # Evaluation, checkpoints, log
     renamed(_HF, "logging_steps", "log.every_steps"),

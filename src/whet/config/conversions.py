@@ -128,12 +128,50 @@ def use_lora(value: object) -> Converted:
 
 
 def train_mode(value: object) -> Converted:
-    modes: dict[object, Converted] = {"lora": {"model.adapter.type": "lora"}, "full": {"model.adapter": None}}
-    if value == "qlora":
-        raise Refused("is refused: weights in 4 bits are not in this version; use lora")
+    modes: dict[object, Converted] = {
+        "full": {"model.adapter": None},
+        "lora": {"model.adapter.type": "lora"},
+        "qlora": {"model.adapter.type": "lora", "model.quantization.bits": 4},
+    }
     if not isinstance(value, str) or value not in modes:
-        raise Refused("must be lora or full")
+        raise Refused("must be full, lora or qlora")
     return modes[value]
+
+
+def load_in(bits: int) -> Callable[[object], Converted]:
+    return lambda value: {"model.quantization.bits": bits} if value is not None and switch(value) else {}
+
+
+def not_load_in(bits: int) -> Callable[[RunConfig, object], str | None]:
+    """For a switch that is off: the quantisation that contradicts it."""
+
+    def check(config: RunConfig, value: object) -> str | None:
+        quantization = config.model.quantization
+        if value is False and quantization is not None and quantization.bits == bits:
+            return f"but model.quantization.bits is {bits}; keep one of the two"
+        return None
+
+    return check
+
+
+def variant(name: str) -> Callable[[object], Converted]:
+    """A switch of the adapter; off, it makes none."""
+    return lambda value: {f"model.adapter.{name}": True} if value is not None and switch(value) else {}
+
+
+def not_variant(name: str) -> Callable[[RunConfig, object], str | None]:
+    def check(config: RunConfig, value: object) -> str | None:
+        if value is False and getattr(config.model.adapter, name, False):
+            return f"but model.adapter.{name} is true; keep one of the two"
+        return None
+
+    return check
+
+
+def init_lora_weights(value: object) -> Converted:
+    if value is False:
+        raise Refused("cannot be false: the adapter would begin with a random update; use true (the default)")
+    return {"model.adapter.init": "default" if value is True else value}
 
 
 def precision(name: str) -> Callable[[object], Converted]:

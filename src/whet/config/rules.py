@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Literal
 
 from whet.config.data import DataConfig
+from whet.config.model import QuantizationConfig
 from whet.config.names import did_you_mean, show
 from whet.config.problems import Problem
 from whet.config.rollout import RolloutConfig
@@ -43,7 +45,7 @@ def violations(config: RunConfig, *, trains: bool = True) -> list[Problem]:
 
     Without `trains` (evaluation, prediction) there need be no data to train on.
     """
-    rules = (_trains, *RULES) if trains else RULES
+    rules = (_trains, _trains_quantised, *RULES) if trains else RULES
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -76,6 +78,18 @@ def _method(config: RunConfig) -> Iterator[Problem]:
 def _trains(config: RunConfig) -> Iterator[Problem]:
     if config.data.train is None or config.data.train == []:
         yield _problem("data.train", f"data.train is missing: {config.method} needs a file to train on")
+
+
+def _trains_quantised(config: RunConfig) -> Iterator[Problem]:
+    model = config.model
+    # The folder of an adapter alone: it is trained on.
+    is_adapter = model.adapter is not None or (Path(model.path).expanduser() / "adapter_config.json").is_file()
+    if model.quantization is not None and not is_adapter:
+        yield _problem(
+            "model.quantization",
+            f"model.quantization is given, but weights of {model.quantization.bits} bits cannot be trained themselves; "
+            "add model.adapter (as in model.adapter.rank: 16), or remove model.quantization",
+        )
 
 
 def _needs(config: RunConfig) -> Iterator[Problem]:
@@ -208,6 +222,27 @@ def _precision(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _quantised(config: RunConfig) -> Iterator[Problem]:
+    for where, quantization in (("model", config.model.quantization), ("distill", config.distill.quantization)):
+        if quantization is None or quantization.bits == 4:
+            continue
+        for name in ("type", "double", "compute_dtype"):
+            value = getattr(quantization, name)
+            if value != QuantizationConfig.model_fields[name].default:
+                yield _problem(
+                    f"{where}.quantization.{name}",
+                    f"{where}.quantization.{name} is {show(value)}, which only weights of 4 bits have, and "
+                    f"{where}.quantization.bits is 8; remove it, or use 4 bits",
+                )
+    adapter, quantization = config.model.adapter, config.model.quantization
+    if adapter is not None and adapter.dora and quantization is not None and quantization.bits == 8:
+        yield _problem(
+            "model.adapter.dora",
+            "model.adapter.dora is true, but peft cannot take the lengths of the rows of 8-bit weights; use "
+            "model.quantization.bits 4, or remove model.adapter.dora",
+        )
+
+
 def _schedule(config: RunConfig) -> Iterator[Problem]:
     optim, steps = config.optim, config.train.steps
     if optim.warmup_steps is not None and steps is not None and optim.warmup_steps > steps:
@@ -295,6 +330,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _groups,
     _loss,
     _precision,
+    _quantised,
     _schedule,
     _evaluation,
     _metric,

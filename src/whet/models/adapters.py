@@ -2,60 +2,99 @@
 
 from __future__ import annotations
 
-import copy
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from whet.config.model import AdapterConfig, FreezeConfig
 from whet.errors import ModelError
+from whet.models.initial import begin_as_weights, begins_as_weights, check_rank
 from whet.models.parts import base, decoder, head
 
-PROBE_TOKENS = 32
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 def add_adapter(model: PreTrainedModel, cfg: AdapterConfig) -> nn.Module:
-    """Wrap the model with a low-rank adapter; everything else is frozen.
+    """Wrap the model with a low-rank adapter; everything else is frozen, but for a score head.
 
     The adapter is float32 whatever the model's dtype: its steps are too small for 16 bits. It starts
-    as no change at all. Raises ModelError for target modules that match nothing, or that hold the head.
+    as no change at all, or up to rounding none. A score head is trained, and saved, whole.
+    Raises ModelError for target modules that match nothing, or that hold the head, and for a rank that the
+    layers do not have.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     _check_targets(model, cfg.target_modules)
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=cfg.rank,
-        lora_alpha=cfg.alpha,
-        lora_dropout=cfg.dropout,
-        target_modules=cfg.target_modules,
-    )
+    anchored = begins_as_weights(cfg.init)
     try:
-        wrapped = get_peft_model(model, lora)
+        wrapped = get_peft_model(model, _lora(cfg, is_scored=hasattr(model, "score")))
     except ValueError as error:
         raise ModelError(f"model.adapter.target_modules is {cfg.target_modules!r}, but peft says: {error}") from error
     head(wrapped)
+    if anchored:
+        check_rank(wrapped, cfg.init, cfg.rank)
+        # On the meta device (a rehearsal) there are no weights to begin as.
+        if wrapped.device.type != "meta":
+            begin_as_weights(wrapped, cfg.init)
+    wrapped.adapter_is_new = True
     return wrapped
 
 
+def _lora(cfg: AdapterConfig, *, is_scored: bool) -> LoraConfig:
+    from peft import LoraConfig
+
+    rank, alpha, rslora = cfg.rank, cfg.alpha, cfg.rslora
+    if begins_as_weights(cfg.init):
+        # Twice the rank (see Anchored), scaled as the rank asked for.
+        scale = alpha / math.sqrt(rank) if rslora else alpha / rank
+        rank, alpha, rslora = 2 * rank, 2 * rank * scale, False
+    return LoraConfig(
+        task_type="SEQ_CLS" if is_scored else "CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=cfg.dropout,
+        target_modules=cfg.target_modules,
+        use_rslora=rslora,
+        use_dora=cfg.dora,
+        init_lora_weights="gaussian" if cfg.init == "gaussian" else True,
+    )
+
+
 def load_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:
-    """Put the adapter saved in `folder` on top of the model, ready to be trained on."""
-    from peft import PeftModel
+    """Put the adapter saved in `folder` on top of the model, ready to be trained on.
+
+    A model with a score head keeps its own where the adapter brings none, and trains it whole.
+    """
+    from peft import PeftConfig, PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        config = PeftConfig.from_pretrained(str(folder))
+        if hasattr(model, "score"):
+            config.task_type = "SEQ_CLS"
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=config)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"the adapter in {folder} does not go with its base model {model.name_or_path!r}: {error}; "
             f"correct base_model_name_or_path in its adapter_config.json"
         ) from error
+
+
+def reference_is_adapter_off(model: nn.Module) -> bool:
+    """Whether `adapter_off` gives the model that the run began with.
+
+    It does under a new adapter of any kind, also one that began as a part of the weights; it does not where an
+    adapter of an earlier run is trained on.
+    """
+    return getattr(model, "adapter_is_new", False)
 
 
 def freeze(model: nn.Module, cfg: FreezeConfig) -> None:
@@ -117,38 +156,6 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
         # On the way out peft makes every adapter weight trainable, the frozen ones too.
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-def merge(model: nn.Module) -> tuple[PreTrainedModel, float]:
-    """A copy of the model with its adapter added into plain weights, and what that changed.
-
-    Returns the copy and the largest absolute difference of the logits on a probe: about 1e-5 in
-    float32, more in 16 bits, where the sums are rounded. The model itself stays as it is.
-    Raises ModelError if a merged weight is not finite.
-    """
-    assert has_adapter(model), "merge of a model without adapter"
-    try:
-        plain = copy.deepcopy(model).merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise ModelError(f"the adapter cannot be merged: {error}; go back to an earlier checkpoint") from error
-    plain.requires_grad_(False)
-    if hasattr(plain, "peft_config"):
-        del plain.peft_config
-    return plain, _logits_difference(model, plain)
-
-
-@torch.no_grad()
-def _logits_difference(left: nn.Module, right: nn.Module) -> float:
-    vocabulary = base(left).get_input_embeddings().weight.shape[0]
-    # A stride that is no divisor of common vocabulary sizes: tokens from all over it.
-    tokens = torch.arange(PROBE_TOKENS, device=next(left.parameters()).device)[None] * 7919 % vocabulary
-    training = left.training
-    outputs = []
-    for model in (left, right):
-        model.eval()
-        outputs.append(model(input_ids=tokens, use_cache=False).logits.float())
-    left.train(training)
-    return float((outputs[0] - outputs[1]).abs().max())
 
 
 def _check_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from whet.errors import TrainingError
 from whet.models.adapters import has_adapter
 from whet.models.parts import base
+from whet.models.scores import classifier_settings, head_names
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -23,8 +25,9 @@ def save_model(
     """Write weights, configuration, tokenizer and chat template into `folder`, which is made if need be.
 
     A model with an adapter leaves the adapter alone (`adapter_model.safetensors`), which names its
-    base model; any other leaves `model.safetensors`, in shards if large. Floating-point weights are
-    written in `dtype` when given. Raises TrainingError, and writes nothing, where a trained weight is not finite.
+    base model; any other leaves `model.safetensors`, in shards if large. A reward model leaves its score head in
+    place of the language-model head. Floating-point weights are written in `dtype` when given.
+    Raises TrainingError, and writes nothing, where a trained weight is not finite.
     """
     _require_finite(model)
     folder = Path(folder)
@@ -54,12 +57,19 @@ def _save_weights(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: 
     generation = getattr(model, "generation_config", None)
     if generation is not None and generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder, state_dict=_cast(model.state_dict(), dtype))
+    state = _cast(model.state_dict(), dtype)
+    settings: dict[str, Any] = {}
+    if hasattr(model, "score"):
+        unused = head_names(model)
+        state = {name: tensor for name, tensor in state.items() if name not in unused}
+        settings = classifier_settings(model, tokenizer.pad_token_id)
+    model.save_pretrained(folder, state_dict=state)
     if dtype is not None:
         # transformers writes the dtype of the model at hand, not that of the weights it was given.
+        settings["dtype"] = str(dtype).removeprefix("torch.")
+    if settings:
         path = folder / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["dtype"] = str(dtype).removeprefix("torch.")
+        config = json.loads(path.read_text(encoding="utf-8")) | settings
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 
 from whet.config.model import FreezeConfig, ModelConfig
 from whet.errors import ModelError
-from whet.models import adapters
+from whet.models import adapters, quantize
 from whet.models.parts import base
+from whet.models.scores import add_score_head, head_names, is_reward_adapter, read_score_head, refuse_reward_model
 from whet.models.source import adapter_base, check_tokenizer_files, check_weights, load_config, locate, translate
 
 logger = logging.getLogger(__name__)
@@ -22,15 +23,17 @@ logger = logging.getLogger(__name__)
 PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
 
-def check_model_folder(cfg: ModelConfig) -> int | None:
+def check_model_folder(cfg: ModelConfig, *, scores: bool = False) -> int | None:
     """Raises ModelError for what can be known to be wrong without loading the weights.
 
     Looks for configuration, architecture, weights, tokenizer and chat template, whether the embedding has a
-    row for every token, and whether adapter and freezing name what the model has. Returns how many positions
-    the model has, None where it sets no limit.
+    row for every token, whether adapter and freezing name what the model has, and whether it is a reward model
+    without being asked for `scores`. Returns how many positions the model has, None where it sets no limit.
     """
     inner = adapter_base(cfg) or cfg
     config = load_config(inner)
+    quantize.check_installed(cfg)
+    _check_kind(cfg, inner, config, scores)
     folder = Path(inner.path).expanduser()
     if folder.is_dir():
         check_weights(folder)
@@ -58,24 +61,36 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(cfg: ModelConfig, device: torch.device) -> PreTrainedModel:
+def load_model(cfg: ModelConfig, device: torch.device, *, scores: bool = False) -> PreTrainedModel:
     """The model on `device` in `cfg.dtype`, its adapter in place and its frozen weights frozen.
 
-    A folder that holds an adapter alone is loaded on top of its base model. Raises ModelError for
-    weights that are missing, or of another shape than the configuration says.
+    A folder that holds an adapter alone is loaded on top of its base model. With `scores` it is a reward model:
+    any causal language model with a scalar head beside its own (see `parts.score_head`), which is read from the
+    files if they hold one, and otherwise new, drawn from torch's random numbers. Quantised weights without an
+    adapter are all frozen.
+    Raises ModelError for weights that are missing, or of another shape than the configuration says, and for a
+    reward model where none is asked for.
     """
     below = adapter_base(cfg)
-    model = _load_weights(below or cfg).to(device)
+    inner = below or cfg
+    config = load_config(inner)
+    _check_kind(cfg, inner, config, scores)
+    model = _load_weights(inner, device, scores)
+    if scores:
+        add_score_head(model, read_score_head(inner, config))
     if below is not None:
         if cfg.adapter is not None:
             raise ModelError(
                 f"model.path is {cfg.path!r}, which is an adapter itself, and model.adapter asks for another; "
-                f"leave out model.adapter to train on with this one, or merge it first"
+                f"leave out model.adapter to train on with this one, or merge it first (whet merge)"
             )
         model = adapters.load_adapter(model, Path(cfg.path).expanduser())
     elif cfg.adapter is not None:
         model = adapters.add_adapter(model, cfg.adapter)
-    adapters.freeze(model, cfg.freeze)
+    if cfg.quantization is not None and not adapters.has_adapter(model):
+        model.requires_grad_(False)
+    else:
+        adapters.freeze(model, cfg.freeze)
     if active := dropouts(model):
         named = ", ".join(f"{name} = {value}" for name, value in active.items())
         logger.warning("the model's configuration has dropout (%s); dropout on attention is not applied", named)
@@ -108,14 +123,31 @@ def dropouts(model: nn.Module) -> dict[str, float]:
     return {name: float(value) for name, value in named.items() if isinstance(value, float | int) and value > 0}
 
 
-def _load_weights(cfg: ModelConfig) -> PreTrainedModel:
-    load_config(cfg)
+def _check_kind(cfg: ModelConfig, inner: ModelConfig, config: PreTrainedConfig, scores: bool) -> None:
+    """A reward model where one is wanted and only there; `inner` is below the adapter, if there is one."""
+    if scores:
+        read_score_head(inner, config)
+        return
+    refuse_reward_model(inner, config)
+    if inner is not cfg and is_reward_adapter(Path(cfg.path).expanduser()):
+        raise ModelError(
+            f"model.path is {cfg.path!r}, the adapter of a reward model, which gives scores and no words; give the "
+            f"language model that it was trained from, {inner.path}"
+        )
+
+
+def _load_weights(cfg: ModelConfig, device: torch.device, scores: bool) -> PreTrainedModel:
     folder = Path(cfg.path).expanduser()
     if folder.is_dir():
         check_weights(folder)
+    options = quantize.loading_options(cfg, device)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            **locate(cfg), dtype=getattr(torch, cfg.dtype), output_loading_info=True, ignore_mismatched_sizes=True
+            **locate(cfg),
+            **options,
+            dtype=getattr(torch, cfg.dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         translate(cfg, "its weights cannot be loaded", error)
@@ -125,14 +157,18 @@ def _load_weights(cfg: ModelConfig) -> PreTrainedModel:
             f"model.path is {cfg.path!r}, but its weights cannot be loaded: {len(mismatched)} have another shape than "
             f"config.json says ({name} is {list(found)}, expected {list(wanted)}); copy both again"
         )
-    # Weights that are missing would be drawn at random: a reward model has no language-model head.
-    if missing := sorted(report["missing_keys"]):
+    # Weights that are missing would be drawn at random. A reward model may do without its language-model head.
+    unused = head_names(model) if scores else set()
+    if missing := sorted(set(report["missing_keys"]) - unused):
         raise ModelError(
             f"model.path is {cfg.path!r}, but its files lack {len(missing)} of the model's weights ({missing[0]} …); "
             f"give a complete causal language model"
         )
     _repair_generation_config(model)
-    return model
+    if options:
+        quantize.compute_alike(model)
+        return model
+    return model.to(device)
 
 
 def _repair_generation_config(model: PreTrainedModel) -> None:

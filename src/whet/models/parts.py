@@ -50,6 +50,8 @@ def decoder(model: nn.Module) -> nn.Module:
     """
     inner = base(model)
     found = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
+    if found is inner:  # Llama 4 names another part than the one it has
+        found = getattr(inner, "model", inner)
     if found is inner:
         raise ModelError(f"{type(inner).__name__} has no decoder apart from its head; use a causal language model")
     return found

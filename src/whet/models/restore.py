@@ -11,6 +11,7 @@ from torch import nn
 from whet.errors import CheckpointError
 from whet.models.adapters import has_adapter
 from whet.models.export import ADAPTER_WEIGHTS
+from whet.models.scores import head_names
 
 
 @torch.no_grad()
@@ -34,8 +35,10 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
             unexpected = set_peft_model_state_dict(model, state).unexpected_keys
         else:
             missing, unexpected = model.load_state_dict(state, strict=False)
-            tied = set(getattr(model, "all_tied_weights_keys", {}))
-            missing = [key for key in missing if key not in tied]
+            unsaved = set(getattr(model, "all_tied_weights_keys", {}))
+            if hasattr(model, "score"):
+                unsaved |= head_names(model)
+            missing = [key for key in missing if key not in unsaved]
     except RuntimeError as error:  # tensors of another shape
         first = str(error).strip().splitlines()[-1].strip()
         raise CheckpointError(f"{folder} does not fit the model: {first}; {remedy}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import ssl
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.error import HTTPError
@@ -45,7 +46,7 @@ def locate(cfg: ModelConfig) -> dict[str, Any]:
         validate_repo_id(cfg.path)
     except HFValidationError:
         raise ModelError(
-            f"model.path is {cfg.path!r}, but there is no folder {folder.absolute()}; correct the path"
+            f"model.path is {cfg.path!r}, but there is no folder {folder.absolute()}; correct the path{_near(folder)}"
         ) from None
     offline = constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT)
     if offline and not isinstance(try_to_load_from_cache(cfg.path, "config.json", revision=cfg.revision), str):
@@ -53,7 +54,7 @@ def locate(cfg: ModelConfig) -> dict[str, Any]:
         raise ModelError(
             f"model.path is {cfg.path!r}: there is no folder {folder.absolute()}, the hub was not asked ({why}), and "
             f"its cache {constants.HF_HUB_CACHE} does not have it; give the folder of a model, or fetch it where "
-            f"there is a network (hf download {cfg.path}) and give the folder it was put in"
+            f"there is a network (hf download {cfg.path}) and give the folder it was put in{_near(folder)}"
         )
     return {
         "pretrained_model_name_or_path": cfg.path,
@@ -61,6 +62,22 @@ def locate(cfg: ModelConfig) -> dict[str, Any]:
         "local_files_only": bool(offline),
         **common,
     }
+
+
+def _near(folder: Path) -> str:
+    """`; did you mean …?` with the folder most like one that is not there, among those beside its first wrong part."""
+    parts = folder.absolute().parts
+    depth = next(n for n in range(len(parts) - 1, 0, -1) if Path(*parts[:n]).is_dir())
+    try:
+        beside = [path.name for path in Path(*parts[:depth]).iterdir() if path.is_dir()]
+    except PermissionError:
+        return ""
+    near = get_close_matches(parts[depth], beside, n=1)
+    if not near:
+        return ""
+    meant = Path(*parts[:depth], near[0], *parts[depth + 1 :])
+    meant = meant if meant.is_dir() else Path(*parts[:depth], near[0])
+    return f"; did you mean {meant}?"
 
 
 @functools.cache
@@ -81,7 +98,7 @@ def adapter_base(cfg: ModelConfig) -> ModelConfig | None:
     folder = Path(cfg.path).expanduser()
     if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
         return None
-    base = _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not base:
         raise ModelError(
             f"model.path is {cfg.path!r}, an adapter whose {ADAPTER_CONFIG} does not say which model it belongs to; "
@@ -121,7 +138,7 @@ def _check_architecture(cfg: ModelConfig, config: PreTrainedConfig) -> None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
         raise ModelError(
             f"model.path is {cfg.path!r}, whose weights are quantised ({method}) and cannot be trained; "
-            f"give the model they were made from"
+            f"give the model they were made from, with model.quantization to hold it in 4 bits"
         )
 
 
@@ -130,7 +147,7 @@ def check_weights(folder: Path) -> None:
     index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
     names = [name for name in WEIGHTS if (folder / name).is_file()][:1]
     if index is not None and not names:
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise ModelError(f"{folder} lacks {', '.join(missing)}, named in {index.name}; copy or download them again")
     if not names:
@@ -178,7 +195,8 @@ def translate(cfg: ModelConfig, what: str, error: Exception) -> NoReturn:
     raise ModelError(f"model.path is {cfg.path!r}, but {what}: {said}; {remedy}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises ModelError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
