@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from whet.data.problems import Problems
+from whet.data.recognise import read_items
 from whet.data.rows import parse_sources
-from whet.data.shapes import PROMPT_SHAPES, SFT_SHAPES, Conversation, PromptRow, Text, TextPair, read_items
+from whet.data.shapes import PROMPT_SHAPES, SFT_SHAPES, Conversation, PromptRow, Text, TextPair
 from whet.errors import DataError
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}

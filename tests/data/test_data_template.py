@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from whet.config.data import DataConfig
 from whet.data.encode import Encoded, Encoder
 from whet.data.problems import Malformed, Problems
+from whet.data.recognise import read_items
 from whet.data.rows import parse_sources
-from whet.data.shapes import SFT_SHAPES, Conversation, PromptRow, Text, TextPair, read_items
+from whet.data.shapes import SFT_SHAPES, Conversation, PromptRow, Text, TextPair
 from whet.data.template import Renderer
 from whet.errors import ModelError
 from whet.models.tiny import make_tokenizer

@@ -2,9 +2,16 @@
 
 from typing import Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, JsonValue, ValidationInfo, field_validator
 
 from whet.config.base import Config
+
+_TAKEN = {
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+"""What rendering itself decides; no value of `template_kwargs` may take its place."""
 
 
 class DataConfig(Config):
@@ -31,6 +38,8 @@ class DataConfig(Config):
     chat: Literal["auto", "always", "never"] = "auto"
     """Use of the chat template: `auto` for messages only; `always` wraps plain prompts and responses
     into user and assistant messages; `never` refuses messages."""
+    template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Further variables of the chat template, as in `{enable_thinking: false}`."""
     train_on: Literal["completion", "all"] = "completion"
     """Which tokens are trained: the completions (assistant turns), or every token."""
     max_length: int = Field(default=2048, ge=2)
@@ -45,6 +54,8 @@ class DataConfig(Config):
     """Shuffle the rows anew in every epoch, from `seed` and the epoch."""
     cache_dir: str | None = None
     """Where tokenised data is kept; the default is `whet` in the user's cache folder."""
+    cache_gb: float = Field(default=20.0, gt=0)
+    """Most gigabytes of tokenised data to keep; beyond, what was not used for longest is removed."""
 
     @field_validator("prompt_template", "response_template")
     @classmethod
@@ -54,3 +65,11 @@ class DataConfig(Config):
         if template is not None and place not in template:
             raise ValueError(f"{template!r} has no {place}; put it where the text of the row goes")
         return template
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _leaves_rendering_alone(cls, variables: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        taken = sorted(_TAKEN & set(variables))
+        if taken:
+            raise ValueError(f"{', '.join(taken)} is decided by how rows are rendered; leave it out")
+        return variables

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
+import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,10 @@ import numpy as np
 from whet.errors import DataError
 
 _INDEX = "index.json"
+_NAMES = re.compile(r"[a-z][a-z_-]*-[0-9a-f]{32}")
+"""Folders that may be removed to make room. Whatever else lies beside them is not ours."""
+_DRAFTS = re.compile(r"\.[a-z][a-z_-]*-[0-9a-f]{32}\.\d+\.[0-9a-f]{8}\.tmp")
+_ABANDONED_S = 24 * 3600
 
 
 def default_folder() -> Path:
@@ -30,6 +36,8 @@ def load(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in index["checksums"]}
         if checksums(arrays) == index["checksums"]:
+            with suppress(OSError):  # not ours to mark as used, which does not keep it from being used
+                os.utime(folder / _INDEX)
             return arrays, index["notes"]
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         pass
@@ -42,7 +50,7 @@ def store(folder: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, An
     Safe with several processes at a time: each writes to a folder of its own and renames it. Raises
     DataError where nothing can be written.
     """
-    draft = folder.parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    draft = _draft(folder)
     try:
         draft.mkdir(parents=True)
         for name, array in arrays.items():
@@ -70,6 +78,49 @@ def _rename(draft: Path, folder: Path) -> None:
         # Another process may have been first; what it wrote under this key is the same.
         if load(folder) is None:
             raise
+
+
+def trim(root: Path, max_gb: float, *, keep: Path) -> None:
+    """Remove the entries of `root` that were not loaded for longest, until the rest has at most `max_gb` gigabytes.
+
+    `keep` stays, however large. Only folders with a name and content such as `store` writes are touched, and what
+    killed processes left behind a day ago. Safe beside other processes: an entry disappears in one stroke, and
+    who has loaded it keeps what is mapped.
+    """
+    entries = sorted(_entries(root), key=lambda entry: entry[1])
+    excess = sum(size for _, _, size in entries) - max_gb * 1e9
+    for folder, _, size in entries:
+        if excess <= 0:
+            break
+        if folder != keep:
+            excess -= size
+            _remove(folder)
+    for draft in root.glob(".*.tmp"):
+        with suppress(OSError):
+            if _DRAFTS.fullmatch(draft.name) and time.time() - draft.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(draft, ignore_errors=True)
+
+
+def _entries(root: Path) -> Iterator[tuple[Path, float, int]]:
+    """Folder, time of last use and bytes of each entry."""
+    for folder in root.iterdir():
+        if not _NAMES.fullmatch(folder.name):
+            continue
+        with suppress(OSError):  # another process may be removing it
+            used = (folder / _INDEX).stat().st_mtime
+            yield folder, used, sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _remove(folder: Path) -> None:
+    doomed = _draft(folder)
+    with suppress(OSError):
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _draft(folder: Path) -> Path:
+    """A name beside `folder` that no other process uses."""
+    return folder.parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
 
 def checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:

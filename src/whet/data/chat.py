@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +26,8 @@ class ChatTemplate:
     """The chat template of a tokenizer, and where in its text the assistant's turns stand."""
 
     tokenizer: PreTrainedTokenizerBase
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables that the template reads, as `enable_thinking`."""
 
     def render(
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None, *, generation: bool = False
@@ -38,9 +41,10 @@ class ChatTemplate:
                 f"the tokenizer {self.tokenizer.name_or_path or ''} has no chat template, but the data has chat "
                 f"messages (or data.chat is 'always'); set model.chat_template, or give plain prompts and responses"
             )
+        variables = self._variables
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, add_generation_prompt=generation, tokenize=False
+                list(messages), tools=tools, add_generation_prompt=generation, tokenize=False, **variables
             )
         except (TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(message["role"] for message in messages)
@@ -114,6 +118,19 @@ class ChatTemplate:
         history = self.render(before, item.tools) if before else ""
         blank = header.startswith(history) and not header[len(history) :].strip()
         return history if blank else header
+
+    @cached_property
+    def _variables(self) -> dict[str, Any]:
+        """The further variables. Raises ModelError for one that the template never names: it would do nothing."""
+        template = self.tokenizer.chat_template
+        template = template if isinstance(template, str) else " ".join(dict(template or {}).values())
+        for name in self.variables:
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                raise ModelError(
+                    f"data.template_kwargs gives {name!r}, but the chat template never reads it; correct the name, "
+                    f"leave it out, or set model.chat_template"
+                )
+        return dict(self.variables)
 
     @cached_property
     def _prompts(self) -> bool:

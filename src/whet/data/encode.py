@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -16,13 +16,20 @@ from whet.data.pieces import Rendered
 from whet.data.problems import Malformed
 from whet.errors import ModelError
 
+# Tokens that surely hold the last character: it has four bytes at most.
+_CHARACTER = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """tokens: [T] int32. mask: [T] bool, never true on the first token, which nothing predicts."""
+    """tokens: [T] int32. mask: [T] bool, never true on the first token, which nothing predicts.
+
+    prompt: tokens before the first trained piece; 0 where there is no text before it.
+    """
 
     tokens: np.ndarray
     mask: np.ndarray
+    prompt: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,15 @@ class Encoder:
             )
             raise Malformed("two BOS tokens", text)
 
+    def shared(self, first: Encoded, second: Encoded) -> int:
+        """How many tokens two sequences begin with alike; half a character at the end is not counted."""
+        length = min(len(first.tokens), len(second.tokens))
+        different = np.flatnonzero(first.tokens[:length] != second.tokens[:length])
+        count = int(different[0]) if len(different) else length
+        while count and self._text(first.tokens[max(0, count - _CHARACTER) : count].tolist()).endswith("\ufffd"):
+            count -= 1
+        return count
+
     def _assemble(self, rendered: Rendered, pieces: Sequence[Sequence[int]]) -> Encoded:
         tokens = list(chain.from_iterable(pieces))
         mask = [piece.trained for piece, ids in zip(rendered.pieces, pieces, strict=True) for _ in ids]
@@ -59,7 +75,9 @@ class Encoder:
         end = [self._end] if rendered.end and tokens[-1:] != [self._end] else []
         full_mask = np.array([False] * len(start) + mask + [True] * len(end), dtype=np.bool_)
         full_mask[:1] = False
-        return Encoded(np.array([*start, *tokens, *end], dtype=np.int32), full_mask)
+        before = takewhile(lambda pair: not pair[0].trained, zip(rendered.pieces, pieces, strict=True))
+        prompt = sum(len(ids) for _, ids in before)
+        return Encoded(np.array([*start, *tokens, *end], dtype=np.int32), full_mask, prompt and len(start) + prompt)
 
     def _in_context(self, rendered: Rendered) -> list[list[int]]:
         """Tokens of each piece for a tokenizer that writes the start of a text differently (a blank before it).

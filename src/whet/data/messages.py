@@ -55,6 +55,14 @@ def read_sharegpt(value: Any, field: str) -> list[Message]:
     return messages
 
 
+def read_turns(value: Any, field: str) -> list[Message]:
+    """Messages in either form, told by their keys; a single one may stand without a list around it."""
+    turns = json_of(value, field) if isinstance(value, str) else value
+    turns = [turns] if isinstance(turns, dict) else turns
+    sharegpt = isinstance(turns, list) and any(isinstance(turn, dict) and "from" in turn for turn in turns[:1])
+    return (read_sharegpt if sharegpt else read_messages)(turns, field)
+
+
 def read_tools(value: Any, field: str) -> list[dict[str, Any]] | None:
     """Descriptions of functions, as objects or as JSON text, in OpenAI's form; None when there are none."""
     if value in (None, "", []):

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-from array import array
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from whet.config.data import DataConfig
 from whet.data import cache
-from whet.data.encode import Encoded, Encoder, digest_tokenizer
+from whet.data.builder import Builder
+from whet.data.encode import Encoder, digest_tokenizer
 from whet.data.prepared import Arrays, Prepared, refuse_share, summarise
 from whet.data.problems import Malformed, Problems
+from whet.data.recognise import SHAPES, read_items
 from whet.data.rows import Source, parse_sources
-from whet.data.shapes import SFT_SHAPES, read_items
+from whet.data.shapes import Task
 from whet.data.template import Renderer
 from whet.data.tokenise import Progress, tokenise
-from whet.errors import DataError
+from whet.data.units import drafts, require_margins
+from whet.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 # What tokens and masks follow from; the settings that only refuse or select are left out.
 _SETTINGS = {
-    *("columns", "prompt_template", "response_template", "system", "chat", "train_on"),
+    *("columns", "prompt_template", "response_template", "system", "chat", "template_kwargs", "train_on"),
     *("max_length", "on_too_long"),
 }
 
@@ -38,34 +44,49 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     *,
     what: str = "train",
+    task: Task = "sft",
     progress: Progress | None = None,
 ) -> Prepared:
     """The rows of `paths` as units of tokens and masks, tokenised now or read from the cache.
 
+    `task` says what rows are read and what a unit is. `sft`: a row to imitate. `preference`: a pair, the chosen
+    sample and the rejected one, with labels 1 and 0, and the row's margin if it has one. `reward`: the same for
+    a reward model; a sample always ends with the token that ends its answer, even if it is truncated.
+    `unpaired`: a sample with its label; pairs become two such units.
     `what` (`train`, `eval`) begins the units' ids. Sequences longer than `data.max_length` tokens are
     truncated at the end, dropped or refused, as `data.on_too_long` says; a row that truncation leaves
-    without a trained token is dropped and counted.
+    without a trained token, on either side of a pair, is dropped and counted, and so is a pair of twice the
+    same tokens.
     Raises DataError for files and rows that cannot be used, all at once, and when more than
     `data.max_cut_share` of the rows is truncated or dropped; ModelError when the tokenizer lacks the
-    chat template or end-of-sequence token that the rows need.
+    chat template or end-of-sequence token that the rows need; ConfigError for `data.train_on: all` with
+    another task than `sft`.
     """
+    if task != "sft" and cfg.train_on == "all":
+        raise ConfigError("data.train_on is 'all', but what is judged are completions; set it to 'completion'")
     sources = parse_sources(paths)
     root = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else cache.default_folder()
-    folder = root / f"sft-{_key(cfg, sources, tokenizer)[:32]}"
+    folder = root / f"{task}-{_key(cfg, sources, tokenizer)[:32]}"
     found = cache.load(folder)
     if found is None:
-        built, notes = _build(cfg, sources, tokenizer, progress)
+        built, notes = _build(cfg, sources, tokenizer, task, progress)
         cache.store(folder, built, notes)
+        cache.trim(root, cfg.cache_gb, keep=folder)
         # Mapped from disk rather than held in memory, unless another process has just taken its place.
         found = cache.load(folder) or (built, notes)
     content, notes = found
     arrays = Arrays(**content)
     everything = np.arange(len(arrays.rows))
-    report = summarise(arrays, everything, dropped=notes["dropped"], untrained=notes["untrained"])
-    checksums = json.dumps(cache.checksums({"tokens": arrays.tokens, "mask": arrays.mask}))
-    fingerprint = hashlib.sha256(checksums.encode()).hexdigest()
-    prepared = Prepared(what, arrays, sources, everything, report, fingerprint)
+    left_out = {name: notes[name] for name in ("dropped", "untrained", "identical")}
+    report = summarise(arrays, everything, **left_out)
+    prepared = Prepared(what, arrays, sources, everything, report, _fingerprint(task, content), task)
     _refuse_cuts(cfg, prepared)
+    if report.identical:
+        source, number = notes["first_identical"]
+        logger.warning(
+            "%s of %s rows are left out: their chosen and rejected completions are the same tokens (the first: %s)",
+            *(f"{report.identical:,}", f"{report.rows:,}", sources[source].place(number)),
+        )
     return prepared
 
 
@@ -81,81 +102,42 @@ def preview(
     ]
 
 
-@dataclass(slots=True)
-class _Builder:
-    """Grows the arrays unit by unit, cutting what is too long."""
-
-    max_length: int
-    policy: str
-    tokens: list[np.ndarray] = field(default_factory=list)
-    mask: list[np.ndarray] = field(default_factory=list)
-    num_tokens: int = 0
-    columns: dict[str, array] = field(
-        default_factory=lambda: {
-            name: array("q")
-            for name in ("sample_ends", "unit_ends", "rows", "sources", "places", "cut", "full_lengths")
-        }
-    )
-    dropped: int = 0
-    untrained: int = 0
-
-    def add(self, place: tuple[int, int, int], samples: list[Encoded]) -> None:
-        """Add a unit. `place`: its row over all sources, its source, its number there.
-
-        Raises Malformed when the row trains nothing, or is too long and `error` is the policy.
-        """
-        longest = max(len(sample.tokens) for sample in samples)
-        if not any(sample.mask.any() for sample in samples):
-            text = f"no token of the row is trained ({longest} tokens); give it an answer or remove the row"
-            raise Malformed("nothing to train", text)
-        too_long = longest > self.max_length
-        if too_long and self.policy == "error":
-            text = f"the row has {longest:,} tokens, but data.max_length is {self.max_length:,}"
-            raise Malformed("too long", f"{text}; raise it, shorten the row, or set data.on_too_long")
-        self.columns["full_lengths"].append(longest)
-        kept = [Encoded(sample.tokens[: self.max_length], sample.mask[: self.max_length]) for sample in samples]
-        kept = [sample for sample in kept if sample.mask.any()]
-        if too_long and (self.policy == "drop" or not kept):
-            self.dropped += 1
-            self.untrained += self.policy != "drop"
-            return
-        for sample in kept:
-            self.tokens.append(sample.tokens)
-            self.mask.append(sample.mask)
-            self.num_tokens += len(sample.tokens)
-            self.columns["sample_ends"].append(self.num_tokens)
-        self.columns["unit_ends"].append(len(self.columns["sample_ends"]))
-        self.columns["cut"].append(too_long)
-        for name, value in zip(("rows", "sources", "places"), place, strict=True):
-            self.columns[name].append(value)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        columns = {name: np.array(column, dtype=np.int64) for name, column in self.columns.items()}
-        columns["cut"] = columns["cut"].astype(np.bool_)
-        return {"tokens": np.concatenate(self.tokens), "mask": np.concatenate(self.mask), **columns}
-
-
 def _build(
-    cfg: DataConfig, sources: tuple[Source, ...], tokenizer: PreTrainedTokenizerBase, progress: Progress | None
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    cfg: DataConfig,
+    sources: tuple[Source, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    progress: Progress | None,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     problems = Problems()
     renderer, encoder = Renderer(cfg, tokenizer), Encoder(tokenizer)
-    builder = _Builder(cfg.max_length, cfg.on_too_long)
+    builder = Builder(task, cfg.max_length, cfg.on_too_long)
     numbers = {source: number for number, source in enumerate(sources)}
-    items = read_items(sources, cfg.columns, SFT_SHAPES, problems)
-    for placed, samples in tokenise(items, renderer.sequences, encoder, problems, progress):
+    items = require_margins(read_items(sources, cfg.columns, SHAPES[task], problems), problems)
+    render = renderer.sequences if task == "sft" else renderer.sides
+    for placed, samples in tokenise(items, render, encoder, problems, progress):
+        place = numbers[placed.row.source], placed.row.number
         try:
-            builder.add((placed.index, numbers[placed.row.source], placed.row.number), samples)
+            units = drafts(task, placed.item, samples, encoder)
+            for draft in units:
+                builder.add(*place, draft)
         except Malformed as fault:
             problems.add(fault.kind, f"{placed.row.place}: {fault}")
+        else:
+            if not units:
+                builder.skip(*place, max(len(sample.tokens) for sample in samples))
     problems.raise_any()
-    if not builder.tokens:
-        longest = min(builder.columns["full_lengths"])
-        raise DataError(
-            f"none of {builder.dropped:,} rows is left: all are longer than data.max_length ({cfg.max_length:,} "
-            f"tokens), and dropped or left with nothing to train; the shortest has {longest:,}; raise it"
-        )
-    return builder.arrays(), {"dropped": builder.dropped, "untrained": builder.untrained}
+    return builder.arrays(), builder.notes()
+
+
+def _fingerprint(task: Task, arrays: dict[str, np.ndarray]) -> str:
+    """Identifies tokens and masks; for what is judged, how as well."""
+    parts: list[Any] = [cache.checksums({name: arrays[name] for name in ("tokens", "mask")})]
+    if task != "sft":
+        judged = {name: arrays[name] for name in ("labels", "margins", "unit_ends") if name in arrays}
+        parts.append(cache.checksums(judged))
+    content = json.dumps(parts if task != "sft" else parts[0])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _refuse_cuts(cfg: DataConfig, prepared: Prepared) -> None:

@@ -12,8 +12,9 @@ from whet.config.data import DataConfig
 from whet.data.encode import Encoded, Encoder
 from whet.data.prepared import held_out, refuse_share, require_two_sides
 from whet.data.problems import Problems
+from whet.data.recognise import read_items
 from whet.data.rows import parse_sources
-from whet.data.shapes import PROMPT_SHAPES, PromptRow, read_items
+from whet.data.shapes import PROMPT_SHAPES, PromptRow
 from whet.data.template import Renderer
 from whet.data.tokenise import Progress, tokenise
 from whet.errors import DataError

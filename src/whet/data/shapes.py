@@ -1,18 +1,18 @@
-"""The shapes a row can have, recognised by its columns, and the one form that each task reads."""
+"""The shapes of rows to imitate and of prompts, and the one form that each is read in."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from whet.data.formats import describe
 from whet.data.messages import json_of, read_messages, read_sharegpt, read_tools, require_trainable, text_of
-from whet.data.problems import Malformed, Problems
-from whet.data.rows import Row, Source, read_rows
-from whet.errors import DataError
+from whet.data.problems import Malformed
 from whet.types import Message
+
+Task = Literal["sft", "preference", "unpaired", "reward"]
+"""What rows are prepared for: to imitate, to prefer one of two, to judge one, to score one above the other."""
 
 Item = TypeVar("Item")
 
@@ -96,96 +96,9 @@ class Shape(Generic[Item]):
     optional: tuple[str, ...]
     read: Callable[[Fields], Item]
 
-
-@dataclass(frozen=True, slots=True)
-class Placed(Generic[Item]):
-    """An item with its row: `index` over all sources, and where it stands."""
-
-    index: int
-    row: Row
-    item: Item
-
-
-def read_items(
-    sources: Sequence[Source], columns: Mapping[str, str], shapes: Sequence[Shape[Item]], problems: Problems
-) -> Iterator[Placed[Item]]:
-    """Every row of every source in the form of the task. Rows that cannot be used are added to `problems`.
-
-    The first row of each source decides its shape. Raises DataError when no shape fits.
-    """
-    index = 0
-    for source in sources:
-        shape: Shape[Item] | None = None
-        for row in read_rows(source, problems):
-            shape = shape or recognise(row.values, columns, shapes, source.path)
-            try:
-                item = shape.read(Fields(row.values, columns))
-            except Malformed as fault:
-                problems.add(fault.kind, f"{row.place}: {fault}")
-            else:
-                yield Placed(index, row, item)
-            index += 1
-
-
-def recognise(
-    found: Collection[str], columns: Mapping[str, str], shapes: Sequence[Shape[Item]], file: str
-) -> Shape[Item]:
-    """The first shape whose columns are among those `found` in the file, under the names `columns` gives them.
-
-    Raises DataError for a name of ours that no task knows, for a mapped column that the file does not
-    have, and when no shape fits; the error lists the columns found.
-    """
-    for ours in columns:
-        if ours not in NAMES:
-            near = difflib.get_close_matches(ours, NAMES, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(NAMES)}"
-            raise DataError(f"data.columns maps {ours!r}, which is no column of ours; {hint}")
-    used = {ours for ours in columns if any(ours in (*shape.required, *shape.optional) for shape in shapes)}
-    for ours in sorted(used):
-        if columns[ours] not in found:
-            near = difflib.get_close_matches(columns[ours], found, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            listed = ", ".join(found) or "none"
-            raise DataError(f"data.columns maps {ours} to {columns[ours]!r}, but {file} has the columns {listed}{hint}")
-    taken = set(columns.values())
-    available = used | {name for name in found if name not in taken and name not in columns}
-    for shape in shapes:
-        if available.issuperset(shape.required) and used <= {*shape.required, *shape.optional}:
-            return shape
-    raise DataError(_no_shape(found, used, shapes, file))
-
-
-_SYNONYMS = {
-    "prompt": ("prompt", "question", "query", "instruction", "input", "problem", "source"),
-    "response": ("response", "completion", "answer", "output", "solution", "target", "reply"),
-    "messages": ("messages", "conversation", "dialogue", "dialog", "chat", "turns"),
-    "text": ("text", "content", "body", "document"),
-}
-
-
-def _no_shape(found: Collection[str], used: set[str], shapes: Sequence[Shape], file: str) -> str:
-    """No shape fits: what the file has, what would fit, and a mapping to try."""
-    wanted = " · ".join(" + ".join(shape.required) for shape in shapes)
-    mapped = f" (of which data.columns maps {', '.join(sorted(used))})" if used else ""
-    guess = _guess(found, shapes)
-    example = ", ".join(f"{ours}: {theirs}" for ours, theirs in guess.items())
-    return (
-        f"{file} has the columns {', '.join(found) or 'none'}{mapped}; expected {wanted}; "
-        f"name yours in data.columns, as in {{{example}}}"
-    )
-
-
-def _guess(found: Collection[str], shapes: Sequence[Shape]) -> dict[str, str]:
-    """Our names -> the file's, for the shape that its column names suggest; placeholders when none does."""
-    likely = {
-        ours: next((name for synonym in synonyms for name in found if name.lower() == synonym), None)
-        for ours, synonyms in _SYNONYMS.items()
-    }
-    for shape in shapes:
-        if all(likely.get(ours) for ours in shape.required):
-            return {ours: str(likely[ours]) for ours in shape.required}
-    pair = next((shape for shape in shapes if "prompt" in shape.required), shapes[0])
-    return {ours: likely.get(ours) or f"your_{ours}_column" for ours in pair.required}
+    def fits(self, available: Collection[str], used: Collection[str]) -> bool:
+        """Whether all that it needs is `available`, and it has a use for all our names in `used`."""
+        return set(available).issuperset(self.required) and {*self.required, *self.optional}.issuperset(used)
 
 
 def _messages(fields: Fields) -> Conversation:
@@ -199,10 +112,11 @@ def _sharegpt(fields: Fields) -> Conversation:
 
 def _conversation(fields: Fields, messages: list[Message], ours: str) -> Conversation:
     require_trainable(messages, fields.name(ours))
-    return Conversation(_with_system(fields, messages), read_tools(fields.get("tools"), fields.name("tools")))
+    return Conversation(with_system(fields, messages), read_tools(fields.get("tools"), fields.name("tools")))
 
 
-def _with_system(fields: Fields, messages: list[Message]) -> list[Message]:
+def with_system(fields: Fields, messages: list[Message]) -> list[Message]:
+    """The messages with what the column `system` says before them."""
     system = fields.optional_text("system")
     if not system:
         return messages
@@ -212,7 +126,7 @@ def _with_system(fields: Fields, messages: list[Message]) -> list[Message]:
     return [{"role": "system", "content": system}, *messages]
 
 
-def _pair(ours: str) -> Callable[[Fields], Conversation | TextPair]:
+def answer_in(ours: str) -> Callable[[Fields], Conversation | TextPair]:
     """A reader of `prompt` with the response under the name `ours`. Both may be messages (TRL's form)."""
 
     def read(fields: Fields) -> Conversation | TextPair:
@@ -221,7 +135,7 @@ def _pair(ours: str) -> Callable[[Fields], Conversation | TextPair]:
         if not isinstance(prompt, list):
             response = fields.text(ours, empty=False)
             return TextPair(fields.text("prompt"), response, fields.optional_text("system"), tools=tools)
-        messages = _with_system(fields, read_messages(prompt, fields.name("prompt")))
+        messages = with_system(fields, read_messages(prompt, fields.name("prompt")))
         if isinstance(response, list):
             answer = read_messages(response, fields.name(ours))
         else:
@@ -232,7 +146,8 @@ def _pair(ours: str) -> Callable[[Fields], Conversation | TextPair]:
     return read
 
 
-def _alpaca(fields: Fields) -> TextPair:
+def alpaca(fields: Fields, answer: str = "output") -> TextPair:
+    """Alpaca's form, with the answer under the name `answer`."""
     instruction, extra = fields.text("instruction"), fields.optional_text("input")
     prompt = f"{instruction}\n{extra}" if extra else instruction
     history = fields.get("history") or []
@@ -244,7 +159,7 @@ def _alpaca(fields: Fields) -> TextPair:
         (text_of(asked, f"{fields.name('history')}[{i}][0]"), text_of(said, f"{fields.name('history')}[{i}][1]"))
         for i, (asked, said) in enumerate(history)
     )
-    return TextPair(prompt, fields.text("output", empty=False), fields.optional_text("system"), turns)
+    return TextPair(prompt, fields.text(answer, empty=False), fields.optional_text("system"), turns)
 
 
 def _text(fields: Fields) -> Text:
@@ -254,7 +169,7 @@ def _text(fields: Fields) -> Text:
 def _prompt(fields: Fields) -> PromptRow:
     prompt, system = fields.require("prompt"), fields.optional_text("system")
     if isinstance(prompt, list):
-        prompt, system = _with_system(fields, read_messages(prompt, fields.name("prompt"))), ""
+        prompt, system = with_system(fields, read_messages(prompt, fields.name("prompt"))), ""
         if prompt[-1]["role"] == "assistant":
             text = (
                 f"field '{fields.name('prompt')}' ends with an assistant message; expected a user or tool message last"
@@ -274,14 +189,9 @@ def _prompt(fields: Fields) -> PromptRow:
 SFT_SHAPES: tuple[Shape[SFTItem], ...] = (
     Shape(("messages",), ("tools", "system"), _messages),
     Shape(("conversations",), ("tools", "system"), _sharegpt),
-    Shape(("prompt", "response"), ("tools", "system"), _pair("response")),
-    Shape(("prompt", "completion"), ("tools", "system"), _pair("completion")),
-    Shape(("instruction", "output"), ("input", "system", "history"), _alpaca),
+    Shape(("prompt", "response"), ("tools", "system"), answer_in("response")),
+    Shape(("prompt", "completion"), ("tools", "system"), answer_in("completion")),
+    Shape(("instruction", "output"), ("input", "system", "history"), alpaca),
     Shape(("text",), (), _text),
 )
 PROMPT_SHAPES: tuple[Shape[PromptRow], ...] = (Shape(("prompt",), ("label", "metadata", "tools", "system"), _prompt),)
-
-NAMES = tuple(
-    dict.fromkeys(name for shape in (*SFT_SHAPES, *PROMPT_SHAPES) for name in (*shape.required, *shape.optional))
-)
-"""Every name that `data.columns` may map."""

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from whet.config.data import DataConfig
 from whet.data.chat import ChatTemplate, require_tools
+from whet.data.pairs import Judged, Pair
 from whet.data.pieces import Piece, Rendered
 from whet.data.problems import Malformed
 from whet.data.shapes import Conversation, PromptRow, SFTItem, Text, TextPair
@@ -23,7 +24,7 @@ class Renderer:
     template: ChatTemplate = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "template", ChatTemplate(self.tokenizer))
+        object.__setattr__(self, "template", ChatTemplate(self.tokenizer, self.config.template_kwargs))
 
     def sequences(self, item: SFTItem) -> list[Rendered]:
         """The sequences of one row, the trained pieces marked. Plain texts stand as they are, and EOS after them.
@@ -49,6 +50,23 @@ class Renderer:
             require_tools(conversation, text)
             return [Rendered((Piece(text, True),))]
         return self.template.turns(conversation)
+
+    def sides(self, item: Pair | Judged) -> list[Rendered]:
+        """The completions of one row with their prompt: the chosen and the rejected, or the one that is judged.
+
+        Raises Malformed, besides what `sequences` does, for a completion that needs more than one sequence.
+        """
+        items = (item.chosen, item.rejected) if isinstance(item, Pair) else (item.item,)
+        rendered = [self.sequences(side) for side in items]
+        if any(len(sequences) > 1 for sequences in rendered):
+            text = (
+                "the chat template rewrites the first turns of a completion of several, so they do not stand together"
+            )
+            raise Malformed(
+                "rewritten by the template",
+                f"{text}; let the prompt end with the last question, or change the template",
+            )
+        return [sequence for sequences in rendered for sequence in sequences]
 
     def prompt(self, row: PromptRow) -> Rendered:
         """A prompt up to where the completion begins."""

@@ -1,4 +1,4 @@
-"""Rows of either task become tokens, a chunk at a time; what is wrong with them is collected."""
+"""Rows of any task become tokens, a chunk at a time; what is wrong with them is collected."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 from whet.data.encode import Encoded, Encoder
 from whet.data.pieces import Rendered
 from whet.data.problems import Malformed, Problems
-from whet.data.shapes import Placed
+from whet.data.recognise import Placed
 
 Item = TypeVar("Item")
 Progress = Callable[[int], None]
