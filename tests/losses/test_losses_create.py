@@ -17,7 +17,7 @@ def test_every_loss_declares_what_it_needs(name: str):
     function = LOSSES[name]
     assert isinstance(function, Loss)
     outputs = function.outputs.union(*function.outputs_if.values())
-    assert outputs <= EXTRAS | {"logprobs", "values", "scores"}
+    assert outputs <= EXTRAS | {"logprobs", "log_sum_sq_probs", "values", "scores"}
     assert function.reads <= set(COLUMNS)
     options = {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
     assert set(function.outputs_if) <= options

@@ -8,8 +8,25 @@ from typing import Any
 
 from whet.losses.base import Loss, Metrics, Outputs, loss
 from whet.losses.policy import entropy_bonus, kl, ppo_clip, reinforce
+from whet.losses.preference import (
+    apo_down,
+    apo_zero,
+    bco_pair,
+    discopop,
+    exo_pair,
+    hinge,
+    ipo,
+    nca_pair,
+    robust,
+    sigmoid,
+    sigmoid_norm,
+    sppo_hard,
+)
+from whet.losses.reference_free import cpo, orpo, simpo
 from whet.losses.reward import bradley_terry
-from whet.losses.sft import dft, sft
+from whet.losses.sft import dft, nll, sft
+from whet.losses.transport import aot, aot_unpaired
+from whet.losses.unpaired import apo_zero_unpaired, bco, kto
 from whet.losses.value import value
 
 __all__ = ["LOSSES", "Loss", "Metrics", "Outputs", "create_loss", "loss"]
@@ -17,12 +34,33 @@ __all__ = ["LOSSES", "Loss", "Metrics", "Outputs", "create_loss", "loss"]
 LOSSES: dict[str, Loss] = {
     "sft": sft,
     "dft": dft,
+    "nll": nll,
     "ppo_clip": ppo_clip,
     "reinforce": reinforce,
     "kl": kl,
     "entropy_bonus": entropy_bonus,
     "value": value,
     "bradley_terry": bradley_terry,
+    "sigmoid": sigmoid,
+    "sigmoid_norm": sigmoid_norm,
+    "robust": robust,
+    "hinge": hinge,
+    "ipo": ipo,
+    "exo_pair": exo_pair,
+    "discopop": discopop,
+    "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
+    "sppo_hard": sppo_hard,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+    "simpo": simpo,
+    "cpo": cpo,
+    "orpo": orpo,
+    "kto": kto,
+    "apo_zero_unpaired": apo_zero_unpaired,
+    "bco": bco,
 }
 """Built-in losses by the name that a configuration uses."""
 
