@@ -16,8 +16,8 @@ PACKAGE = ROOT / "src" / "whet"
 # A module or folder of src/whet imports only from those to its left, and from itself.
 ORDER = (
     *("types", "columns", "errors", "tree", "batch", "tensor", "losses", "credit", "config"),
-    *("annotate", "methods", "tally", "models", "engines", "data", "rollout", "rewards", "envs", "checkpoints", "backends", "weights", "cluster"),
-    *("check", "view", "log", "schedule", "recipe", "loop", "evaluate", "roles", "feeds", "keeper", "compose", "answer"),
+    *("annotate", "methods", "tally", "models", "merge", "engines", "data", "rollout", "rewards", "envs", "checkpoints", "backends", "weights", "cluster"),
+    *("check", "view", "log", "schedule", "recipe", "loop", "evaluate", "roles", "precompute", "feeds", "keeper", "compose", "answer"),
     *("chat", "trainer", "demo", "cli", "__main__"),
 )
 
@@ -46,6 +46,7 @@ CONFINED = {
     "deepspeed": {"backends/deepspeed.py"},
     "ray": {"cluster/ray.py"},
     "peft": {"models/"},
+    "bitsandbytes": {"models/quantize.py"},
     "math_verify": {"rewards/math_worker.py"},
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from whet.batch import Batch, collate
+from whet.losses.transport import aot_partners
 from whet.types import Sample, Unit
 
 Running = MutableMapping[str, list[float]]
@@ -59,6 +60,31 @@ class Annotate:
         if self.column in batch:
             return batch
         return batch.with_columns(**{self.column: models[self.role].forward(batch, {self.output})[self.output]})
+
+
+@dataclass(frozen=True)
+class Top:
+    """A request to a backend: `top_ids` and `top_logprobs` [T, k], the likeliest tokens at this temperature."""
+
+    k: int
+    temperature: float
+    name: str = "top"
+
+
+@dataclass(frozen=True)
+class TeacherTopK:
+    """Writes the teacher's `k` likeliest tokens in the place of each trained token, and their logprobs."""
+
+    k: int
+    temperature: float
+    roles: frozenset[str] = frozenset({"teacher"})
+    writes: frozenset[str] = frozenset({"teacher_topk_ids", "teacher_topk_logprobs"})
+
+    def __call__(self, batch: Batch, models: Mapping[str, Model], running: Running) -> Batch:
+        if self.writes <= batch.columns.keys():
+            return batch
+        out = models["teacher"].forward(batch, {Top(self.k, self.temperature)})
+        return batch.with_columns(teacher_topk_ids=out["top_ids"].long(), teacher_topk_logprobs=out["top_logprobs"])
 
 
 @dataclass(frozen=True)
@@ -123,3 +149,16 @@ class RewardMean:
         count, before = running.get("reward_mean", [0, 0.0])
         seen = count + batch.num_sequences
         running["reward_mean"] = [seen, before + (mean - before) * batch.num_sequences / seen]
+
+
+@dataclass(frozen=True)
+class AotPartners:
+    """Writes which log-ratios meet when each side of the global batch is sorted; `ld_alpha` as the loss has it."""
+
+    ld_alpha: float = 1.0
+    roles: frozenset[str] = frozenset({"policy"})
+    writes: frozenset[str] = frozenset({"aot_reference", "aot_rejected", "aot_chosen"})
+
+    def __call__(self, batch: Batch, models: Mapping[str, Model], running: Running) -> Batch:
+        logprobs = models["policy"].forward(batch, {"logprobs"})["logprobs"]
+        return batch.with_columns(**aot_partners(logprobs, batch, ld_alpha=self.ld_alpha))

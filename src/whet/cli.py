@@ -1,4 +1,4 @@
-"""The command line: `whet sft|grpo CONFIG.yaml [--section.key value …]`, `whet eval`, `whet chat`, `whet demo`."""
+"""The command line: `whet sft|grpo CONFIG.yaml [--section.key value …]`, `whet eval`, `whet chat`, `whet merge`, `whet demo`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from whet import __version__
 from whet.errors import WhetError
@@ -17,10 +18,16 @@ HELP = """\
 whet sharpens language models after pre-training.
 
   whet demo                                   watch a tiny model learn, from nothing, in minutes
-  whet sft  CONFIG.yaml [--section.key value] supervised fine-tuning on rows
-  whet grpo CONFIG.yaml [--section.key value] reinforcement learning on prompts with a reward
+  whet METHOD CONFIG.yaml [--section.key value] train a model; METHOD is one of
+      sft                                     supervised fine-tuning on rows
+      reward                                  a reward model, on pairs
+      dpo simpo cpo cpo-simpo orpo apo        preference optimisation, on pairs
+      kto bco                                 preference optimisation, on labelled completions
+      gkd distill                             distillation from a teacher
+      grpo                                    reinforcement learning on prompts with a reward
   whet eval CONFIG.yaml [--section.key value] evaluate a model on held-out data
   whet chat MODEL                             talk to a model
+  whet merge ADAPTER OUTPUT                   add an adapter into plain weights
 
 A configuration is a YAML file; every setting is also a flag, and flags win:
 
@@ -169,6 +176,33 @@ def _chat(arguments: list[str]) -> int:
     return 0
 
 
+def _merge(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "whet merge", description="Add an adapter into the weights of its base, and say how much the outputs changed."
+    )
+    parser.add_argument("adapter", help="folder of an adapter, such as the output_dir of a run or a checkpoint in it")
+    parser.add_argument("output", help="new folder for the merged model")
+    parser.add_argument("--base", help="folder or hub name of the base model (default: the one the adapter names)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the base's own")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the base")
+    options = parser.parse_args(arguments)
+    from whet.merge import merge_folder
+
+    merged = merge_folder(
+        options.adapter,
+        options.output,
+        base_model=options.base,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+    )
+    print(f"{options.adapter} is merged into {merged.base}: {options.output}, {merged.dtype}")
+    print(
+        f"largest difference of {merged.outputs} with the adapter and merged: {merged.difference:.2g} "
+        f"(they reach {merged.largest:.2g})"
+    )
+    return 0
+
+
 def _demo(arguments: list[str]) -> int:
     from whet.demo import main as demo
 
@@ -186,11 +220,16 @@ def _method_help(method: str) -> int:
     return 0
 
 
-COMMANDS = {
-    "sft": lambda arguments: _train("sft", arguments),
-    "grpo": lambda arguments: _train("grpo", arguments),
+METHODS = (
+    *("sft", "reward", "dpo", "simpo", "cpo", "cpo-simpo", "orpo", "apo", "kto", "bco", "gkd", "distill", "grpo"),
+)
+"""Methods that train; written out, so that help needs no import."""
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    **{method: partial(_train, method) for method in METHODS},
     "eval": _eval,
     "chat": _chat,
+    "merge": _merge,
     "demo": _demo,
 }
 

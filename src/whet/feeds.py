@@ -9,11 +9,13 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from whet.annotate import Running
 from whet.config.run import RunConfig
+from whet.data import cache
 from whet.data.prepare import prepare
 from whet.data.prompts import prepare_prompts
 from whet.data.source import PromptRows, RowSource
@@ -23,11 +25,13 @@ from whet.errors import ConfigError
 from whet.evaluate import ROWS_PER_BATCH, evaluate_rows
 from whet.loop import Evaluator
 from whet.methods import Task
+from whet.precompute import computed_once
 from whet.rewards.registry import build_scorer
 from whet.roles import Policy
 from whet.rollout.evaluation import evaluate_prompts, evaluation_sampling
 from whet.rollout.protocols import Source
-from whet.rollout.sampling import RolloutSource
+from whet.rollout.resampled import ResampledRows
+from whet.rollout.sampling import RolloutSource, sampling_of
 from whet.types import Episode
 
 logger = logging.getLogger(__name__)
@@ -67,11 +71,35 @@ class RowFeed:
         return f"lower data.max_length (now {self.config.data.max_length:,})"
 
     def connect(self, policy: Policy) -> Connected:
-        """The source over the rows, and the losses on the held-out ones."""
+        """The source over the rows, and the losses on the held-out ones.
+
+        What frozen models say of the rows is computed now where it is to be computed once.
+        """
         config = self.config
         _check_stop(self.train, policy.stop_token_ids, self.tokenizer)
-        source = RowSource(self.train, seed=config.seed, shuffle=config.data.shuffle)
-        return Connected(source, partial(self.evaluate, policy) if self.eval is not None else None)
+        self._compute_once(policy)
+        source: Source = RowSource(self.train, seed=config.seed, shuffle=config.data.shuffle)
+        engine = None
+        if policy.resamples:
+            source, engine = self._resampled(source, policy)
+        return Connected(source, partial(self.evaluate, policy) if self.eval is not None else None, engine)
+
+    def _compute_once(self, policy: Policy) -> None:
+        data = self.config.data
+        root = Path(data.cache_dir).expanduser() if data.cache_dir else cache.default_folder()
+        for stage, role in policy.computed_once:
+            model = policy.backends[role]
+            read = partial(computed_once, stage=stage, model=model, role=role, key=policy.content(role), root=root)
+            self.train, self.eval = (None if part is None else read(part) for part in (self.train, self.eval))
+            policy.release(role)
+
+    def _resampled(self, source: Source, policy: Policy) -> tuple[Source, Engine | None]:
+        config, lmbda = self.config, policy.lmbda
+        student = policy.engine() if lmbda > 0 else None
+        teacher = policy.engine("teacher") if config.distill.seq_kd and lmbda < 1 else None
+        sampling = sampling_of(config.rollout, policy.stop_token_ids)
+        limits = {"seed": config.seed, "timeout_s": config.engine.timeout_s}
+        return ResampledRows(source, sampling, student=student, teacher=teacher, lmbda=lmbda, **limits), student
 
     async def evaluate(self, policy: Policy, running: Running | None = None) -> dict[str, float]:
         """The losses on the held-out rows; metrics are named `eval/…`."""

@@ -13,6 +13,8 @@ from whet.errors import CheckpointError
 from whet.loop import Loop, Progress
 
 STATE_FILE = "loop.json"
+REFERENCE_FOLDER = "reference"
+"""Beside the weights of a checkpoint, the reference that follows them."""
 
 
 class Keeper:
@@ -33,6 +35,8 @@ class Keeper:
 
         def fill(folder: Path) -> None:
             loop.policy.save(folder)
+            if self._moves_reference:
+                loop.backends["reference"].save(folder / REFERENCE_FOLDER)
             save_rng(folder)
             state = {"method": self.config.method, "progress": asdict(progress), "source": loop.source.state_dict()}
             write_json(state, folder / STATE_FILE)
@@ -42,6 +46,10 @@ class Keeper:
         prune(self.root, self.config.checkpoint.keep, protect=protected)
         return written
 
+    @property
+    def _moves_reference(self) -> bool:
+        return self.config.reference.sync_steps is not None
+
     def folder(self, step: int | None) -> Path:
         return self.root / f"checkpoint-{step}"
 
@@ -50,6 +58,8 @@ class Keeper:
         assert self.found is not None, "there is nothing to restore"
         state = read_json(self.found / STATE_FILE)
         loop.policy.load(self.found)
+        if self._moves_reference:
+            loop.backends["reference"].load(self.found / REFERENCE_FOLDER)
         loop.source.load_state_dict(state["source"])
         loop.progress = Progress(**state["progress"])
         load_rng(self.found)

@@ -11,13 +11,13 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, track
 
 from whet.checkpoints.disk import writing
 from whet.config.train import LogConfig
@@ -25,10 +25,15 @@ from whet.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger("whet")
 
+Item = TypeVar("Item")
+
 METRICS_FILE = "metrics.jsonl"
 LINE_INTERVAL_S = 10.0
-_SHOWN = ("loss", "reward", "tokens_per_s")
-_TOLD = re.compile(r"eval/(loss|perplexity|mean_token_accuracy|reward|truncated_ratio|pass@\d+)")
+_SHOWN = ("loss", "reward", "accuracy", "accuracies", "margins", "tokens_per_s")
+_TOLD = re.compile(
+    r"eval/(loss|perplexity|mean_token_accuracy|reward|truncated_ratio|pass@\d+|accuracy|margin"
+    r"|rewards/(accuracies|margins))"
+)
 """Metrics of an evaluation that are told at once; the file holds all."""
 
 
@@ -132,6 +137,19 @@ class _Meter:
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
+
+
+def progress_over(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
+    """The items, with a bar on a terminal, or else a line now and then, where they take longer than a moment."""
+    if console().is_terminal:
+        yield from track(items, what, total, console=console(), transient=True)
+        return
+    told = time.monotonic()
+    for number, item in enumerate(items, start=1):
+        yield item
+        if time.monotonic() - told >= LINE_INTERVAL_S:
+            told = time.monotonic()
+            logger.info("%s: %d of %d", what, number, total)
 
 
 def drop_lines_after(path: Path, step: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from whet.annotate import Annotate, Annotation, KLBaseline, RewardMean
+from whet.annotate import Annotate, Annotation, AotPartners, KLBaseline, RewardMean
 from whet.batch import Part, WeightKind, weight_key
 from whet.config.plugin import validated_options
 from whet.credit import CREDITS, Credit
@@ -143,21 +143,32 @@ METHODS: dict[str, Method] = {method.name: method for method in _all()}
 """Built-in methods by name; a configuration may change terms, credit and annotations."""
 
 REFERENCE = Annotate("reference", "logprobs", "ref_logprobs")
-WRITERS: dict[str, Annotation] = {
-    "ref_logprobs": REFERENCE,
-    "kl_baseline": KLBaseline(),
-    "reward_mean": RewardMean(),
-    "teacher_hidden": Annotate("teacher", "hidden", "teacher_hidden"),
-}
-"""The stage that writes a column, for those that one can write by itself."""
+
+
+def _writer(column: str, options: Mapping[str, Any]) -> tuple[Annotation, ...]:
+    """The stages that write a column for a term with these options, in their order; none for most columns."""
+    if column.startswith("aot_"):
+        return REFERENCE, AotPartners(options.get("ld_alpha", 1.0))
+    single: dict[str, Annotation] = {
+        "ref_logprobs": REFERENCE,
+        "kl_baseline": KLBaseline(),
+        "reward_mean": RewardMean(),
+        "teacher_hidden": Annotate("teacher", "hidden", "teacher_hidden"),
+    }
+    return (single[column],) if column in single else ()
 
 
 def completed(method: Method) -> Method:
-    """The method with every stage that its credit rules and terms need."""
-    reads = frozenset().union(*(stage.rule.reads for stage in method.credit), *(term.reads for term in method.terms))
-    written = method.provides.union(*(s.writes for s in method.annotate), *(s.rule.writes for s in method.credit))
-    needed = dict.fromkeys(WRITERS[name] for name in sorted(reads - written) if name in WRITERS)
-    return replace(method, annotate=(*method.annotate, *needed))
+    """The method with every stage that its credit rules and terms need and that can be had without being named."""
+    stages = dict.fromkeys(method.annotate)
+    readers = [(stage.rule.reads, stage.options) for stage in method.credit]
+    readers += [(term.reads, term.options) for term in method.terms]
+    written = method.provides.union(*(stage.rule.writes for stage in method.credit))
+    for reads, options in readers:
+        for column in sorted(reads - written.union(*(stage.writes for stage in stages))):
+            stages |= dict.fromkeys(_writer(column, options))
+    # What is read by another stage comes first.
+    return replace(method, annotate=tuple(sorted(stages, key=lambda stage: isinstance(stage, AotPartners))))
 
 
 def check(method: Method) -> None:

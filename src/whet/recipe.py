@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from whet.annotate import Annotate
+from whet.annotate import Annotate, TeacherTopK
 from whet.config.base import Plugin
 from whet.config.names import did_you_mean
 from whet.config.plugin import resolve, validated_options
@@ -36,6 +36,8 @@ def method_of(config: RunConfig) -> Method:
     _check_group_size(config, method)
     if method.source == "prompts":
         method = _for_rollouts(method, config)
+    if config.distill.top_k is not None:
+        method = _from_top_k(method, config.distill.top_k)
     if config.entropy_coef:
         weight = method.terms[0].weight if method.terms[0].loss.per == "token" else "token"
         bonus = Term("entropy_bonus", LOSSES["entropy_bonus"], weight, config.entropy_coef)
@@ -55,6 +57,17 @@ def _for_rollouts(method: Method, config: RunConfig) -> Method:
         # With one optimizer step the old policy is the current one, and this pass would be wasted.
         method = replace(method, annotate=(Annotate("policy", "logprobs", "old_logprobs"), *method.annotate))
     return method
+
+
+def _from_top_k(method: Method, k: int) -> Method:
+    """Distillation from the teacher's likeliest tokens in place of its whole distribution."""
+    loss = LOSSES["gkd_topk"]
+    terms = tuple(replace(t, name="gkd_topk", loss=loss) if t.name == "gkd" else t for t in method.terms)
+    temperatures = {term.options["temperature"] for term in terms if term.loss is loss}
+    if len(temperatures) > 1:
+        raise ConfigError("terms: several gkd losses with distill.top_k need the same temperature")
+    stages = tuple(TeacherTopK(k, temperature) for temperature in temperatures)
+    return replace(method, terms=terms, annotate=(*method.annotate, *stages))
 
 
 def _terms(config: RunConfig, method: Method) -> tuple[Term, ...]:

@@ -8,16 +8,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from whet.annotate import Annotation, TeacherTopK
 from whet.backends.device import Arithmetic, choose
 from whet.backends.local import LocalBackend, WithoutAdapter
 from whet.backends.protocol import Backend
 from whet.config.model import ModelConfig
 from whet.config.plugin import resolve
+from whet.config.rules import DISTILLS
 from whet.config.run import RunConfig
 from whet.engines.local.engine import LocalEngine
 from whet.engines.protocol import Engine
 from whet.errors import ConfigError
-from whet.methods import Method
+from whet.methods import REFERENCE, Method
+from whet.models.digest import digest
 from whet.models.load import load_model, stop_token_ids
 
 BACKENDS: dict[str, Any] = {"local": LocalBackend}
@@ -38,6 +41,41 @@ class Policy:
     @property
     def backend(self) -> Backend:
         return self.backends["policy"]
+
+    @property
+    def lmbda(self) -> float:
+        """Share of the steps of a distillation that train on the policy's own completions."""
+        if self.config.distill.lmbda is not None:
+            return self.config.distill.lmbda
+        return 0.5 if self.method.name == "gkd" else 0.0
+
+    @property
+    def resamples(self) -> bool:
+        """Whether the rows' completions are replaced by sampled ones."""
+        return self.method.name in DISTILLS and (self.lmbda > 0 or self.config.distill.seq_kd)
+
+    @property
+    def computed_once(self) -> list[tuple[Annotation, str]]:
+        """The annotations of rows that are computed before the first step, and the role that computes each."""
+        found: list[tuple[Annotation, str]] = []
+        for stage in self.method.annotate:
+            if stage == REFERENCE and self.config.reference.precompute:
+                found.append((stage, "reference"))
+            if isinstance(stage, TeacherTopK) and not self.resamples:
+                found.append((stage, "teacher"))
+        return found
+
+    def content(self, role: str) -> str:
+        """What the outputs of the model in this role follow from."""
+        backend = self.backends[role]
+        told = backend.describe()
+        return " ".join([digest(backend.model), *(str(told[name]) for name in ("device", "precision", "attention"))])
+
+    def release(self, role: str) -> None:
+        """Let go of a frozen model that nothing runs any more, its annotations computed once."""
+        once = {stage for stage, _ in self.computed_once}
+        if not any(role in stage.roles for stage in self.method.annotate if stage not in once):
+            self.backends.pop(role)
 
     def engine(self, role: str = "policy") -> Engine:
         """A new engine over the weights of the model in this role."""
@@ -74,6 +112,7 @@ def load_policy(config: RunConfig, method: Method, tokenizer: PreTrainedTokenize
         backends["reference"] = loader.reference(backends["policy"])
     if "teacher" in roles:
         backends["teacher"] = loader.frozen(teacher_config(config))
+        backends["policy"].compute.learn_from(backends["teacher"].compute)
     stops = stop_token_ids(model, tokenizer)
     return Policy(config, method, tokenizer, stops, arithmetic, backends)
 
@@ -130,6 +169,11 @@ class _Loader:
             return self.frozen(model.model_copy(update=plain))
         if model.adapter is not None:
             return WithoutAdapter(policy)
-        if settings.precompute:
+        if settings.precompute and not _held_against(self.method):
             return policy
         return self.frozen(model)
+
+
+def _held_against(method: Method) -> bool:
+    """Whether more than the logprobs of rows is asked of the reference, so that it stays for the whole run."""
+    return any("reference" in stage.roles for stage in method.annotate if stage != REFERENCE)

@@ -212,7 +212,19 @@ class WithoutAdapter:
     def __init__(self, policy: LocalBackend):
         self.policy = policy
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The policy's model; its adapter is on outside of `forward`."""
+        return self.policy.model
+
+    @property
+    def shares_prefixes(self) -> bool:
+        return self.policy.shares_prefixes
+
     def forward(self, batch: Batch, outputs: Set[str]) -> dict[str, Tensor]:
-        """Outputs [T] of the base model."""
+        """Outputs of the base model."""
         with adapter_off(self.policy.model):
             return self.policy.forward(batch, outputs)
+
+    def describe(self) -> dict[str, Any]:
+        return self.policy.describe()
