@@ -1,4 +1,4 @@
-"""The command line: `whet sft|grpo CONFIG.yaml [--section.key value …]`, `whet eval`, `whet chat`, `whet merge`, `whet demo`."""
+"""The command line: `whet METHOD CONFIG.yaml [--section.key value …]`, and what goes before and after training."""
 
 from __future__ import annotations
 

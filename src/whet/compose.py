@@ -23,8 +23,9 @@ from whet.loop import Loop
 from whet.methods import Method
 from whet.models.card import write_card
 from whet.models.load import check_model_folder, load_tokenizer
+from whet.models.vocabulary import check_same_vocabulary
 from whet.recipe import method_of
-from whet.roles import Policy, engine_maker, load_policy
+from whet.roles import Policy, engine_maker, frozen_models, load_policy
 from whet.schedule import plan
 from whet.types import Episode
 
@@ -117,6 +118,9 @@ def _feed(config: RunConfig, method: Method) -> tuple[RowFeed | PromptFeed, PreT
     """Read and check the data, after what can be known of the model without its weights."""
     positions = check_model_folder(config.model)
     tokenizer = load_tokenizer(config.model)
+    for setting, model in frozen_models(config, method).items():
+        check_model_folder(model)
+        check_same_vocabulary(tokenizer, model, where=setting)
     feed = PromptFeed(config, tokenizer) if method.source == "prompts" else RowFeed(config, tokenizer, method.task)
     if positions is not None and feed.longest > positions:
         raise ConfigError(

@@ -55,7 +55,7 @@ class RowFeed:
 
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, task: Task = "sft"):
         self.config, self.tokenizer = config, tokenizer
-        self.train, self.eval = _read(config, tokenizer, partial(prepare, task=task) if task != "sft" else prepare)
+        self.train, self.eval = _read(config, tokenizer, partial(prepare, task=task))
 
     def __len__(self) -> int:
         return len(self.train) if self.train is not None else 0

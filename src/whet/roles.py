@@ -12,7 +12,7 @@ from whet.annotate import Annotation, TeacherTopK
 from whet.backends.device import Arithmetic, choose
 from whet.backends.local import LocalBackend, WithoutAdapter
 from whet.backends.protocol import Backend
-from whet.config.model import ModelConfig
+from whet.config.model import FreezeConfig, ModelConfig
 from whet.config.plugin import resolve
 from whet.config.rules import DISTILLS
 from whet.config.run import RunConfig
@@ -20,6 +20,7 @@ from whet.engines.local.engine import LocalEngine
 from whet.engines.protocol import Engine
 from whet.errors import ConfigError
 from whet.methods import REFERENCE, Method
+from whet.models.adapters import reference_is_adapter_off
 from whet.models.digest import digest
 from whet.models.load import load_model, stop_token_ids
 
@@ -105,29 +106,33 @@ def load_policy(config: RunConfig, method: Method, tokenizer: PreTrainedTokenize
         raise ConfigError("model.dtype is 'float16', which a CPU does not train in; use float32 or bfloat16")
     torch.manual_seed(config.seed)
     loader = _Loader(config, method, tokenizer, arithmetic)
-    model = load_model(config.model, arithmetic.device, **({"scores": True} if method.scores else {}))
+    model = load_model(config.model, arithmetic.device, scores=method.scores)
     backends = {"policy": loader.backend(model, optim=config.optim if train else None)}
     roles = method.roles if train or method.source == "rows" else frozenset()
     if "reference" in roles:
         backends["reference"] = loader.reference(backends["policy"])
     if "teacher" in roles:
-        backends["teacher"] = loader.frozen(teacher_config(config))
+        backends["teacher"] = loader.frozen(frozen_models(config, method)["distill.teacher"])
         backends["policy"].compute.learn_from(backends["teacher"].compute)
     stops = stop_token_ids(model, tokenizer)
     return Policy(config, method, tokenizer, stops, arithmetic, backends)
 
 
-def teacher_config(config: RunConfig) -> ModelConfig:
-    """The teacher as a model to load."""
-    distill = config.distill
-    assert distill.teacher is not None, "distillation without a teacher is refused before"
-    return ModelConfig(
-        path=distill.teacher,
-        dtype=distill.dtype or config.model.dtype,
-        quantization=distill.quantization,
-        attention=config.model.attention,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+def frozen_models(config: RunConfig, method: Method) -> dict[str, ModelConfig]:
+    """The models that the configuration names beside the policy, by the setting that names them."""
+    model, distill, found = config.model, config.distill, {}
+    if config.reference.path is not None and "reference" in method.roles:
+        plain = {"path": config.reference.path, "adapter": None, "revision": None, "freeze": FreezeConfig()}
+        found["reference.path"] = model.model_copy(update=plain)
+    if distill.teacher is not None and "teacher" in method.roles:
+        found["distill.teacher"] = ModelConfig(
+            path=distill.teacher,
+            dtype=distill.dtype or model.dtype,
+            quantization=distill.quantization,
+            attention=model.attention,
+            trust_remote_code=model.trust_remote_code,
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -165,9 +170,8 @@ class _Loader:
         """
         settings, model = self.config.reference, self.config.model
         if settings.path is not None:
-            plain = {"path": settings.path, "adapter": None, "revision": None}
-            return self.frozen(model.model_copy(update=plain))
-        if model.adapter is not None:
+            return self.frozen(frozen_models(self.config, self.method)["reference.path"])
+        if reference_is_adapter_off(policy.model):
             return WithoutAdapter(policy)
         if settings.precompute and not _held_against(self.method):
             return policy

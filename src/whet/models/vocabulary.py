@@ -19,11 +19,9 @@ def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, other: ModelConfig
         return
     different = sorted(token for token in own.keys() | theirs.keys() if own.get(token) != theirs.get(token))
     token = min(different, key=lambda t: min(own.get(t, 10**9), theirs.get(t, 10**9)))
-    number = {
-        name: "none" if n is None else str(n) for name, n in (("own", own.get(token)), ("their", theirs.get(token)))
-    }
+    mine, there = (words.get(token, "absent") for words in (own, theirs))
     raise ModelError(
         f"{where} is {other.path!r}, whose tokenizer is another one: {len(different):,} tokens differ, as {token!r} "
-        f"(number {number['own']} in the policy's, {number['their']} there); distributions over different tokens cannot "
-        "be compared; use a model with the policy's tokenizer"
+        f"(number {mine} in the policy's, {there} in its); numbers of different tokens cannot be compared; use a model "
+        "with the policy's tokenizer"
     )
