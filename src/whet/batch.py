@@ -146,24 +146,28 @@ class Batch:
         return [self.select(units.tolist()) for units in np.array_split(np.arange(self.num_units), parts)]
 
     def micro_batches(self, max_tokens: int, max_units: int | None = None) -> list[list[int]]:
-        """Which units go into which micro-batch.
-
-        At most `max_tokens` physical tokens and `max_units` units in each; a unit longer than that stands
-        alone, and comes first. Of the others as few as the greedy rule finds, evenly filled.
-        """
-        sizes = [t.num_tokens for t in self.trees]
-        alone = [[unit] for unit, size in enumerate(sizes) if size > max_tokens]
-        rest = sorted((u for u, size in enumerate(sizes) if size <= max_tokens), key=lambda u: -sizes[u])
-        most = max_units or max(1, len(rest))
-        fewest = max(-(-sum(sizes[u] for u in rest) // max_tokens), -(-len(rest) // most))
-        attempts = (_fill(rest, sizes, parts, max_tokens, most) for parts in range(fewest, len(rest) + 1))
-        return alone + next(bins for bins in attempts if bins is not None)
+        """Which units go into which micro-batch: see `micro_batches`."""
+        return micro_batches([t.num_tokens for t in self.trees], max_tokens, max_units)
 
     def to(self, device: torch.device | str) -> Batch:
         """This batch with its tensors on another device."""
         names = ("tokens", "position_ids", "cu_seqlens", "loss_mask", "unit_ids")
         move = {name: getattr(self, name).to(device) for name in names}
         return replace(self, **move, columns={k: v.to(device) for k, v in self.columns.items()})
+
+
+def micro_batches(sizes: Sequence[int], max_tokens: int, max_units: int | None = None) -> list[list[int]]:
+    """Which units, of these sizes in physical tokens, go into which micro-batch.
+
+    At most `max_tokens` tokens and `max_units` units in each; a unit longer than that stands alone, and comes
+    first. Of the others as few as the greedy rule finds, evenly filled.
+    """
+    alone = [[unit] for unit, size in enumerate(sizes) if size > max_tokens]
+    rest = sorted((u for u, size in enumerate(sizes) if size <= max_tokens), key=lambda u: -sizes[u])
+    most = max_units or max(1, len(rest))
+    fewest = max(-(-sum(sizes[u] for u in rest) // max_tokens), -(-len(rest) // most))
+    attempts = (_fill(rest, sizes, parts, max_tokens, most) for parts in range(fewest, len(rest) + 1))
+    return alone + next(bins for bins in attempts if bins is not None)
 
 
 def _fill(
