@@ -42,7 +42,7 @@ def test_help_names_every_command_and_says_how_to_begin(capsys, arguments: list[
     assert err == ""
 
 
-@pytest.mark.parametrize("command", ["sft", "grpo", "eval", "chat", "demo"])
+@pytest.mark.parametrize("command", ["sft", "grpo", "eval", "chat", "merge", "demo"])
 def test_every_command_explains_itself(capsys, command: str):
     assert cli.main([command, "--help"]) == 0
     out, err = capsys.readouterr()

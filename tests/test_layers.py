@@ -16,7 +16,8 @@ PACKAGE = ROOT / "src" / "whet"
 # A module or folder of src/whet imports only from those to its left, and from itself.
 ORDER = (
     *("types", "columns", "errors", "tree", "batch", "tensor", "losses", "credit", "config"),
-    *("annotate", "methods", "tally", "models", "merge", "engines", "data", "rollout", "rewards", "envs", "checkpoints", "backends", "weights", "cluster"),
+    *("annotate", "methods", "tally", "models", "merge", "engines", "data", "rollout", "rewards", "envs"),
+    *("checkpoints", "backends", "weights", "cluster"),
     *("check", "view", "log", "schedule", "recipe", "loop", "evaluate", "roles", "precompute", "feeds", "keeper", "compose", "answer"),
     *("chat", "trainer", "demo", "cli", "__main__"),
 )

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from whet.backends.forward import Forward, own_logprobs
+from whet.backends.parity import _probe
 from whet.config.model import AdapterConfig, FreezeConfig
 from whet.errors import ModelError
 from whet.models.adapters import (
@@ -14,7 +16,8 @@ from whet.models.adapters import (
     decoder_layers,
     freeze,
     has_adapter,
-    merge,
+    load_adapter,
+    reference_is_adapter_off,
     trainable_summary,
 )
 from whet.models.tiny import make_tiny
@@ -32,7 +35,8 @@ def load(folder, dtype=torch.float32):
 
 
 def adapted(folder, dtype=torch.float32, **options):
-    """A model with an adapter that does something."""
+    """A model with an adapter that does something, the same at every call."""
+    torch.manual_seed(0)
     model = add_adapter(load(folder, dtype), AdapterConfig(**options)).eval()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -117,29 +121,69 @@ def test_adapter_off_is_the_base_model_and_leaves_no_trace(folder):
     assert torch.equal(logits(model), with_adapter)
 
 
-def test_merge_gives_plain_weights_and_measures_what_it_changed(folder):
-    model = adapted(folder)
-    before = logits(model)
-    plain, difference = merge(model)
-    assert type(plain) is type(load(folder))
-    assert not any("lora" in name for name in plain.state_dict())
-    assert set(plain.state_dict()) == set(load(folder).state_dict())
-    assert 0 <= difference < 1e-5
-    torch.testing.assert_close(logits(plain), before, rtol=0, atol=1e-5)
-    assert torch.equal(logits(model), before)
-    assert (logits(plain) - logits(load(folder))).abs().max() > 1e-2
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"init": "pissa"}, {"init": "olora"}])
+def test_adapter_off_is_the_reference_under_a_new_adapter_of_any_kind(folder, options):
+    base = logits(load(folder))
+    model = adapted(folder, rank=4, **options)
+    assert reference_is_adapter_off(model)
+    with adapter_off(model):
+        assert torch.equal(logits(model), base)
 
 
-def test_merge_of_16_bits_reports_its_rounding(folder):
-    _, difference = merge(adapted(folder, dtype=torch.bfloat16))
-    assert 1e-5 < difference < 0.5
+def test_adapter_off_is_not_the_reference_where_an_adapter_is_trained_on(folder, tmp_path):
+    assert not reference_is_adapter_off(load(folder))
+    adapted(folder, rank=4).save_pretrained(tmp_path)
+    assert not reference_is_adapter_off(load_adapter(load(folder), tmp_path))
 
 
-def test_merge_refuses_weights_that_are_not_finite(folder):
-    model = adapted(folder)
-    next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.nan)
-    with pytest.raises(ModelError, match="cannot be merged"):
-        merge(model)
+def test_rslora_scales_by_the_root_of_the_rank(folder):
+    plain, stable = adapted(folder, rank=16, alpha=8), adapted(folder, rank=16, alpha=8, rslora=True)
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    assert plain.get_submodule(layer).scaling["default"] == 0.5
+    assert stable.get_submodule(layer).scaling["default"] == 2.0
+
+
+def test_dora_keeps_the_length_of_each_row_apart_from_its_direction(folder):
+    model = adapted(folder, rank=4, alpha=4, dora=True)
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    weight = layer.base_layer.weight
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    # Arriving: the lengths of the rows as they were.
+    torch.testing.assert_close(magnitude, weight.norm(dim=1), rtol=1e-6, atol=0)
+    update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    direction = (weight + update) / (weight + update).norm(dim=1, keepdim=True)
+    magnitude.data.mul_(2.0)
+    torch.testing.assert_close(layer(x), x @ (2 * weight.norm(dim=1)[:, None] * direction).T, rtol=1e-4, atol=1e-5)
+
+
+KINDS = [{}, {"dora": True}, {"init": "pissa", "rslora": True}, {"init": "olora", "dora": True}]
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_every_kind_agrees_with_the_models_own_forward_through_the_tree(folder, options):
+    model = adapted(folder, rank=4, **options)
+    batch = _probe(260, share=True)
+    ours = Forward(model, "tree")
+    with ours.installed(), torch.no_grad():
+        logprobs = ours(batch, {"logprobs"})["logprobs"]
+    own = own_logprobs(model, batch)
+    assert own.std() > 0.1
+    torch.testing.assert_close(logprobs, own, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_every_kind_has_the_gradient_of_padded_rows_in_the_tree(folder, options):
+    gradients = []
+    for mode in ("tree", "rows"):
+        model = adapted(folder, rank=4, **options)
+        forward = Forward(model, mode)
+        with forward.installed():
+            forward(_probe(260, share=mode == "tree"), {"logprobs"})["logprobs"].sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        assert gradient.norm() > 0, name
+        assert (gradient - gradients[1][name]).norm() <= 1e-5 * gradient.norm(), name
 
 
 def test_first_layers_are_frozen(folder):

@@ -1,5 +1,6 @@
 """What is saved loads elsewhere with the same logits."""
 
+import copy
 import json
 
 import pytest
@@ -9,8 +10,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from whet.config.model import AdapterConfig, ModelConfig
+from whet.errors import CheckpointError
 from whet.models.export import save_model
 from whet.models.load import load_model, load_tokenizer
+from whet.models.restore import load_weights
 from whet.models.tiny import make_tiny
 from whet.tensor.attention import NAME, attention
 
@@ -115,6 +118,66 @@ def test_saved_adapter_has_the_same_logits_in_plain_peft(tmp_path, dtype):
     again = PeftModel.from_pretrained(base, tmp_path / "b").eval()
     assert torch.equal(logits(again), logits(model))
     assert not torch.equal(logits(again), plain)
+
+
+KINDS = {
+    "rslora": {"rslora": True},
+    "dora": {"dora": True},
+    "gaussian": {"init": "gaussian"},
+    "pissa": {"init": "pissa", "dropout": 0.1},
+    "pissa_niter": {"init": "pissa_niter_2", "rslora": True},
+    "olora": {"init": "olora"},
+    "pissa with dora": {"init": "pissa", "dora": True},
+}
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_every_kind_of_adapter_has_the_same_logits_in_plain_peft_on_the_original_model(tmp_path, tiny_llama, options):
+    model, tokenizer = loaded(tiny_llama, adapter=AdapterConfig(rank=4, **options))
+    moved(model)
+    save_model(model, tokenizer, tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    plain = logits(base)
+    again = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+    assert (logits(again) - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("options", [{}, *KINDS.values()], ids=["lora", *KINDS])
+def test_training_goes_on_from_what_was_saved_to_the_bit(tmp_path, tiny_qwen, options):
+    def step(model, optimizer):
+        model.train()
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def begin(seed):
+        torch.manual_seed(seed)
+        model, _ = loaded(tiny_qwen, adapter=AdapterConfig(rank=4, **(options | {"dropout": 0.0})))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return model, torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+
+    model, optimizer = begin(seed=0)
+    step(model, optimizer)
+    save_model(model, load_tokenizer(ModelConfig(path=str(tiny_qwen))), tmp_path)
+    state = copy.deepcopy(optimizer.state_dict())
+    step(model, optimizer)
+    again, afresh = begin(seed=1)
+    load_weights(again, tmp_path)
+    afresh.load_state_dict(state)
+    step(again, afresh)
+    expected, found = model.state_dict(), again.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_an_adapter_of_another_rank_does_not_fit(tmp_path, tiny_qwen):
+    for init in ("default", "pissa"):
+        model, tokenizer = loaded(tiny_qwen, adapter=AdapterConfig(rank=4, init=init))
+        save_model(model, tokenizer, tmp_path / init)
+        other, _ = loaded(tiny_qwen, adapter=AdapterConfig(rank=2, init=init))
+        with pytest.raises(CheckpointError, match="does not fit the model"):
+            load_weights(other, tmp_path / init)
 
 
 def test_saved_adapter_names_its_base_whole_and_training_goes_on(tmp_path, monkeypatch):

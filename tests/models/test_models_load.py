@@ -85,6 +85,16 @@ def test_missing_folder_is_named_in_full(tmp_path):
     refused(lambda: check_model_folder(config_of(tmp_path / "file")), "a file", "config.json")
 
 
+def test_folder_that_is_not_there_is_looked_for_beside_it(tmp_path):
+    (tmp_path / "models" / "qwen3-small").mkdir(parents=True)
+    wrong = tmp_path / "models" / "qwen3-smal"
+    refused(lambda: check_model_folder(config_of(wrong)), f"did you mean {tmp_path / 'models' / 'qwen3-small'}?")
+    deep = tmp_path / "model" / "qwen3-small"
+    refused(lambda: check_model_folder(config_of(deep)), f"did you mean {tmp_path / 'models' / 'qwen3-small'}?")
+    message = refused(lambda: check_model_folder(config_of(tmp_path / "models" / "zzz")), "correct the path")
+    assert "did you mean" not in message
+
+
 def test_folder_without_config_says_what_it_holds(tmp_path):
     (tmp_path / "model.safetensors").write_text("")
     refused(lambda: check_model_folder(config_of(tmp_path)), "no config.json", "it holds model.safetensors")
@@ -156,7 +166,7 @@ def test_unknown_model_type_is_refused(folder):
 
 def test_quantised_weights_are_refused(folder):
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    refused(lambda: check_model_folder(config_of(folder)), "quantised (gptq)")
+    refused(lambda: check_model_folder(config_of(folder)), "quantised (gptq)", "with model.quantization")
 
 
 @pytest.fixture

@@ -42,6 +42,7 @@ FAMILIES = {
     "HyperCLOVAX": {"logits_scaling": 4.0},
     "Phi": {},
     "Mistral": {},
+    "Llama4Text": {"num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 16},
 }
 TOKENS = torch.tensor([[5, 9, 33, 61, 7, 2]])
 

@@ -18,9 +18,10 @@ from whet.config.model import AdapterConfig, FreezeConfig
 from whet.errors import ModelError
 from whet.models.initial import begin_as_weights, begins_as_weights, check_rank
 from whet.models.parts import base, decoder, head
+from whet.models.scores import KEY, is_reward_adapter
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftConfig
 
 
 def add_adapter(model: PreTrainedModel, cfg: AdapterConfig) -> nn.Module:
@@ -77,15 +78,25 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:
     from peft import PeftConfig, PeftModel
 
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-        if hasattr(model, "score"):
-            config.task_type = "SEQ_CLS"
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=config)
+        if hasattr(model, "score") and not is_reward_adapter(folder):
+            return _with_new_score_head(model, PeftConfig.from_pretrained(str(folder)), folder)
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"the adapter in {folder} does not go with its base model {model.name_or_path!r}: {error}; "
             f"correct base_model_name_or_path in its adapter_config.json"
         ) from error
+
+
+def _with_new_score_head(model: PreTrainedModel, config: PeftConfig, folder: Path) -> nn.Module:
+    """The adapter of a language model, to go on as that of a reward model: peft insists on a head in its files."""
+    from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
+
+    state = load_peft_weights(str(folder)) | {f"base_model.model.{KEY}": model.score.weight.detach().clone()}
+    config.task_type, config.inference_mode = "SEQ_CLS", False
+    wrapped = get_peft_model(model, config)
+    set_peft_model_state_dict(wrapped, state)
+    return wrapped
 
 
 def reference_is_adapter_off(model: nn.Module) -> bool:

@@ -62,7 +62,7 @@ def _save_weights(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: 
     if hasattr(model, "score"):
         unused = head_names(model)
         state = {name: tensor for name, tensor in state.items() if name not in unused}
-        settings = classifier_settings(model, tokenizer.pad_token_id)
+        settings = classifier_settings(model, tokenizer)
     model.save_pretrained(folder, state_dict=state)
     if dtype is not None:
         # transformers writes the dtype of the model at hand, not that of the weights it was given.

@@ -31,12 +31,9 @@ def check_model_folder(cfg: ModelConfig, *, scores: bool = False) -> int | None:
     without being asked for `scores`. Returns how many positions the model has, None where it sets no limit.
     """
     inner = adapter_base(cfg) or cfg
-    config = load_config(inner)
+    config = _checked_config(inner)
     quantize.check_installed(cfg)
     _check_kind(cfg, inner, config, scores)
-    folder = Path(inner.path).expanduser()
-    if folder.is_dir():
-        check_weights(folder)
     _check_vocabulary(config, load_tokenizer(cfg))
     if inner is cfg and (cfg.adapter is not None or cfg.freeze != FreezeConfig()):
         _rehearse(cfg, config)
@@ -73,7 +70,7 @@ def load_model(cfg: ModelConfig, device: torch.device, *, scores: bool = False) 
     """
     below = adapter_base(cfg)
     inner = below or cfg
-    config = load_config(inner)
+    config = _checked_config(inner)
     _check_kind(cfg, inner, config, scores)
     model = _load_weights(inner, device, scores)
     if scores:
@@ -123,6 +120,15 @@ def dropouts(model: nn.Module) -> dict[str, float]:
     return {name: float(value) for name, value in named.items() if isinstance(value, float | int) and value > 0}
 
 
+def _checked_config(cfg: ModelConfig) -> PreTrainedConfig:
+    """The configuration of a causal language model whose weight files are whole."""
+    config = load_config(cfg)
+    folder = Path(cfg.path).expanduser()
+    if folder.is_dir():
+        check_weights(folder)
+    return config
+
+
 def _check_kind(cfg: ModelConfig, inner: ModelConfig, config: PreTrainedConfig, scores: bool) -> None:
     """A reward model where one is wanted and only there; `inner` is below the adapter, if there is one."""
     if scores:
@@ -137,9 +143,6 @@ def _check_kind(cfg: ModelConfig, inner: ModelConfig, config: PreTrainedConfig, 
 
 
 def _load_weights(cfg: ModelConfig, device: torch.device, scores: bool) -> PreTrainedModel:
-    folder = Path(cfg.path).expanduser()
-    if folder.is_dir():
-        check_weights(folder)
     options = quantize.loading_options(cfg, device)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(

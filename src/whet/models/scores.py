@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from whet.config.model import ModelConfig
 from whet.errors import ModelError
 from whet.models.source import ADAPTER_CONFIG, INDEXES, WEIGHTS, read_json
+
+logger = logging.getLogger(__name__)
 
 KEY = "score.weight"
 """The head's name in files, the one that transformers' own classes for sequence classification give it."""
@@ -88,9 +91,14 @@ def is_reward_adapter(folder: Path) -> bool:
     return saved.get("task_type") == "SEQ_CLS" or "score" in (saved.get("modules_to_save") or ())
 
 
-def classifier_settings(model: PreTrainedModel, pad_token_id: int | None) -> dict[str, Any]:
+def classifier_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What `config.json` says for plain transformers to load the model with its head and to score its last token."""
-    settings: dict[str, Any] = {"id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": pad_token_id}
+    pad = tokenizer.pad_token_id
+    if pad is not None and pad == tokenizer.eos_token_id:
+        logger.warning(
+            "%s is both pad and end token: plain transformers takes the score before it", tokenizer.pad_token
+        )
+    settings: dict[str, Any] = {"id2label": {"0": "score"}, "label2id": {"score": 0}, "pad_token_id": pad}
     kind = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(model.config.model_type)
     return settings if kind is None else {**settings, "architectures": [kind]}
 
