@@ -190,6 +190,7 @@ CHANGES = {
     "columns": {"columns": {"prompt": "response", "response": "prompt"}},
     "what is trained": {"train_on": "all"},
     "chat": {"chat": "always"},
+    "variables of the template": {"template_kwargs": {"enable_thinking": False}},
 }
 
 
@@ -213,6 +214,22 @@ def test_other_content_another_slice_or_tokenizer_makes_another_entry(
     Path(path).write_text(Path(path).read_text().replace("ppp", "qqq"))
     assert prepare(settings(), path, tokenizer)[0].samples[0].tokens[:3] == tuple(b"qqq")
     assert len(num_builds) == 4
+
+
+def test_the_cache_keeps_to_its_size(settings: Settings, write_rows: Write, tokenizer: PreTrainedTokenizerFast):
+    def entries() -> set[str]:
+        return {path.name for path in Path(settings().cache_dir or "").iterdir()}
+
+    prepare(settings(), write_rows(*ROWS), tokenizer)
+    (first,) = entries()
+    prepare(settings(), write_rows(ROWS[0], name="other.jsonl"), tokenizer)
+    assert len(entries()) == 2
+    prepare(settings(cache_gb=1e-6), write_rows(ROWS[1], name="third.jsonl"), tokenizer)
+    assert len(entries()) == 1 and first not in entries()
+    # A run that reads what is there removes nothing.
+    prepare(settings(), write_rows(*ROWS), tokenizer)
+    prepare(settings(cache_gb=1e-6), write_rows(ROWS[1], name="third.jsonl"), tokenizer)
+    assert len(entries()) == 2
 
 
 def test_a_damaged_entry_is_made_anew(

@@ -267,6 +267,53 @@ def test_a_prompt_ends_where_the_answer_begins(make_chat: Callable[..., PreTrain
     assert wrapped.text == "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
 
 
+# As Qwen3 does: without thoughts, the prompt holds an empty block, as a turn without any does.
+SWITCH = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+    {{- message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}"""
+
+
+def test_variables_of_the_template_reach_training_rows_and_prompts():
+    tokenizer = make_tokenizer("bytes")
+    tokenizer.chat_template = SWITCH
+    row, prompt = Conversation(chat("a", "b")), PromptRow(chat("a"))
+    (sequence,) = encode(tokenizer, row)
+    assert trained(tokenizer, sequence) == ["<think>\n\n</think>\n\nb<|im_end|>"]
+    assert Renderer(DataConfig(), tokenizer).prompt(prompt).text.endswith("assistant\n")
+    settings = {"template_kwargs": {"enable_thinking": False}}
+    (sequence,) = encode(tokenizer, row, **settings)
+    assert trained(tokenizer, sequence) == ["b<|im_end|>"]
+    rendered = Renderer(DataConfig(**settings), tokenizer).prompt(prompt)
+    assert rendered.text == tokenizer.apply_chat_template(
+        chat("a"), add_generation_prompt=True, tokenize=False, enable_thinking=False
+    )
+    assert rendered.text.endswith("assistant\n<think>\n\n</think>\n\n")
+    # The prompt of the row and the prompt to sample from are the same tokens.
+    (asked,) = Encoder(tokenizer).encode([rendered])
+    assert asked.tokens.tolist() == sequence.tokens[: sequence.prompt].tolist()
+
+
+def test_a_variable_that_the_template_never_reads_is_refused(tokenizer: PreTrainedTokenizerFast):
+    with pytest.raises(
+        ModelError, match=r"data\.template_kwargs gives 'thinking', but the chat template never reads it"
+    ):
+        encode(tokenizer, Conversation(chat("a", "b")), template_kwargs={"thinking": False})
+    # Where no template is used, none is asked.
+    assert encode(tokenizer, TextPair("a", "b"), template_kwargs={"thinking": False})
+
+
+def test_rendering_itself_is_not_for_variables():
+    with pytest.raises(ValueError, match=r"add_generation_prompt, tokenize is decided by how rows are rendered"):
+        DataConfig(template_kwargs={"tokenize": True, "add_generation_prompt": True, "x": 1})
+
+
 # Not surrogates, which are no text, nor what blends with the special tokens of the template.
 CONTENT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<|>"), min_size=1)
 
