@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from whet.config.aliases import ALIASES, PREFIXES
 from whet.config.loader import Loaded, from_values, load
 from whet.config.names import find, is_open
+from whet.config.rules import METHOD_NAMES
 from whet.errors import ConfigError
 
 NO_EFFECT = "no effect"
@@ -80,12 +82,69 @@ SFT_TRAINER: Mapping[str, tuple[Any, Any]] = {
     "adam_epsilon": ("1e-7", {"optim.eps": 1e-7}),
 }
 RLHF_TOOLKIT: Mapping[str, tuple[Any, Any]] = {
-    "rlhf_type": ("DPO", REFUSED),
     "train_mode": ("lora", {"model.adapter.rank": 8}),
-    "lmbda": (0.5, REFUSED),
-    "beta": (0.1, REFUSED),
-    "seq_kd": (True, REFUSED),
-    "teacher_model_name_or_path": ("m", REFUSED),
+    "lmbda": (0.25, {"distill.lmbda": 0.25}),
+    "beta": (0.1, {"loss": {"beta": 0.1}}),
+    "seq_kd": (True, {"distill.seq_kd": True}),
+    "teacher_model_name_or_path": ("m", {"distill.teacher": "m"}),
+    "max_new_tokens": (64, {"rollout.max_tokens": 64}),
+    "temperature": (0.9, {"rollout.temperature": 0.9}),
+}
+TRL: Mapping[str, tuple[Any, Any]] = {
+    "loss_type": ("ipo", {"loss": {"use": "ipo"}}),
+    "beta": (0.2, {"loss": {"beta": 0.2}}),
+    "label_smoothing": (0.1, {"loss": {"label_smoothing": 0.1}}),
+    "rpo_alpha": (0.5, {"nll_coef": 0.5}),
+    "cpo_alpha": (1.0, {"nll_coef": 1.0}),
+    "ld_alpha": (0.5, {"loss": {"ld_alpha": 0.5}}),
+    "use_weighting": (True, {"loss": {"wpo": True}}),
+    "f_divergence_type": ("js_divergence", {"loss": {"f_divergence": "js"}}),
+    "f_alpha_divergence_coef": (0.7, {"loss": {"f_alpha": 0.7}}),
+    "discopop_tau": (0.1, {"loss": {"tau": 0.1}}),
+    "precompute_ref_log_probs": (True, {"reference.precompute": True}),
+    "sync_ref_model": (True, {"reference.sync_steps": 512}),
+    "ref_model_sync_steps": (64, {"reference.sync_steps": 64}),
+    "ref_model_mixup_alpha": (0.5, {"reference.sync_alpha": 0.5}),
+    "use_peft": (True, {"model.adapter.type": "lora"}),
+    "model_revision": ("v2", {"model.revision": "v2"}),
+    "trust_remote_code": (True, {"model.trust_remote_code": True}),
+    "dtype": ("bfloat16", {"model.dtype": "bfloat16"}),
+    "padding_free": (True, NO_EFFECT),
+    "truncation_mode": ("keep_start", NO_EFFECT),
+    "dataset_num_proc": (4, NO_EFFECT),
+    "activation_offloading": (True, REFUSED),
+    "max_prompt_length": (64, REFUSED),
+    "deepspeed": ("zero3.json", REFUSED),
+}
+LLAMA_FACTORY: Mapping[str, tuple[Any, Any]] = {
+    "stage": ("dpo", {"method": "dpo"}),
+    "finetuning_type": ("lora", {"model.adapter.type": "lora"}),
+    "lora_target": ("q_proj, v_proj", {"model.adapter.target_modules": ["q_proj", "v_proj"]}),
+    "cutoff_len": (64, {"data.max_length": 64}),
+    "pref_loss": ("hinge", {"loss": {"use": "hinge"}}),
+    "pref_beta": (0.2, {"loss": {"beta": 0.2}}),
+    "pref_ftx": (0.5, {"nll_coef": 0.5}),
+    "dpo_label_smoothing": (0.1, {"loss": {"label_smoothing": 0.1}}),
+    "ref_model": ("m", {"reference.path": "m"}),
+    "quantization_bit": (4, {"model.quantization.bits": 4}),
+    "quantization_type": ("fp4", {"model.quantization.type": "fp4"}),
+    "pissa_init": (True, {"model.adapter.init": "pissa_niter_16"}),
+    "pissa_iter": (4, {"model.adapter.init": "pissa_niter_4"}),
+    "pure_bf16": (True, {"model.dtype": "bfloat16"}),
+    "default_system": ("Be brief.", {"data.system": "Be brief."}),
+    "enable_thinking": (False, {"data.template_kwargs": {"enable_thinking": False}}),
+    "train_on_prompt": (True, {"data.train_on": "all"}),
+    "disable_shuffling": (True, {"data.shuffle": False}),
+    "disable_gradient_checkpointing": (False, {"backend.activation_checkpointing": True}),
+    "template": ("qwen", NO_EFFECT),
+    "flash_attn": ("fa2", NO_EFFECT),
+    "neat_packing": (True, NO_EFFECT),
+    "overwrite_cache": (True, NO_EFFECT),
+    "preprocessing_num_workers": (16, NO_EFFECT),
+    "plot_loss": (True, NO_EFFECT),
+    "mask_history": (True, REFUSED),
+    "use_galore": (True, REFUSED),
+    "adapter_name_or_path": ("saves/a", REFUSED),
 }
 SLIME: Mapping[str, tuple[Any, Any]] = {
     "rollout-batch-size": (16, {"rollout.prompts_per_step": 16}),
@@ -143,7 +202,9 @@ CASES = [
     for origin, method, table in (
         ("hf", "sft", HUGGING_FACE),
         ("sft", "sft", SFT_TRAINER),
-        ("toolkit", "sft", RLHF_TOOLKIT),
+        ("toolkit", "gkd", RLHF_TOOLKIT),
+        ("trl", "dpo", TRL),
+        ("factory", "dpo", LLAMA_FACTORY),
         ("slime", "grpo", SLIME),
     )
     for name, (value, outcome) in table.items()
@@ -154,6 +215,7 @@ def base_of(method: str, taken: Any) -> dict[str, Any]:
     """The least that a run needs, without what the name under test sets itself."""
     base: dict[str, Any] = {"model.path": "tiny", "data.train": "rows.jsonl", "data.eval": "held_out.jsonl"}
     base |= {"reward.use": "math"} if method == "grpo" else {}
+    base |= {"distill.teacher": "teacher"} if method == "gkd" else {}
     quantised = isinstance(taken, dict) and any(name.startswith("model.quantization") for name in taken)
     base |= {"model.adapter.type": "lora"} if quantised else {}
     return {name: value for name, value in base.items() if not (isinstance(taken, dict) and name in taken)}
@@ -208,10 +270,10 @@ def test_every_alias_sets_what_exists_and_hides_nothing_of_ours():
 def test_every_setting_that_a_conversion_makes_is_among_its_targets():
     samples = (True, False, None, "m", "lora", "full", "rloo", "epoch", "no", "none", "cosine", 1, -1, 0.5, ["a"])
     seen = 0
-    for alias in ALIASES.values():
+    for alias, method in product(ALIASES.values(), METHOD_NAMES):
         for sample in samples:
             try:
-                made = set(alias.convert(sample))
+                made = set(alias.convert(sample, method))
             except ValueError:
                 continue
             assert made <= set(alias.targets), f"{alias.name}: {sample} sets {made - set(alias.targets)}"
@@ -306,9 +368,29 @@ def test_values_that_cannot_be_honoured_are_refused(values: dict, message: str):
     assert message in error_of(**values)
 
 
-@pytest.mark.parametrize("name", ["PPO", "CPO", "SimPO", "CPOSimPO", "KTO", "Reward", "DPO"])
-def test_other_methods_of_the_toolkit_are_refused(name: str):
-    assert f"rlhf_type is '{name}' (from the call), but it cannot be {name}" in error_of(rlhf_type=name)
+@pytest.mark.parametrize(
+    "name,method",
+    [
+        ("CPO", "cpo"),
+        ("DPO", "dpo"),
+        ("SimPO", "simpo"),
+        ("CPOSimPO", "cpo-simpo"),
+        ("CPO-SimPO", "cpo-simpo"),
+        ("KTO", "kto"),
+        ("Reward", "reward"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
+def test_every_method_of_the_toolkit_goes_with_every_mode(name: str, method: str, mode: str):
+    config = from_values({**base_of("sft", {}), "rlhf_type": name, "train_mode": mode}).config
+    assert config.method == method
+    assert (config.model.adapter is None) == (mode == "full")
+    assert (config.model.quantization is not None) == (mode == "qlora")
+
+
+def test_ppo_of_the_toolkit_is_refused_with_what_there_is_instead():
+    assert "rlhf_type is 'PPO' (from the call), but it cannot be PPO: PPO needs a critic" in error_of(rlhf_type="PPO")
+    assert "it must be RLOO, CPO, DPO" in error_of(rlhf_type="DPOO")
 
 
 def test_rloo_of_the_toolkit_is_grpo_with_its_credit():
@@ -323,6 +405,75 @@ def test_estimators_that_are_not_here_are_refused(name: str):
     assert f"cannot be {name} in this version; use grpo, grpo_no_std or rloo" in error_of(
         "grpo", advantage_estimator=name
     )
+
+
+@pytest.mark.parametrize(
+    "method,value,loss",
+    [
+        ("dpo", "sigmoid", {"use": "sigmoid"}),
+        ("dpo", "aot_pair", {"use": "aot"}),
+        ("cpo", "sigmoid", {"use": "cpo"}),
+        ("cpo", "simpo", {"use": "simpo"}),
+        ("kto", "apo_zero_unpaired", {"use": "apo_zero_unpaired"}),
+        ("sft", "nll", {}),
+        ("sft", "dft", {"use": "dft"}),
+        ("grpo", "dapo", {"weight": "token"}),
+        ("grpo", "dr_grpo", {"weight": "fixed_length"}),
+    ],
+)
+def test_a_loss_type_means_what_it_means_to_the_method(method: str, value: str, loss: dict):
+    assert read(method, loss_type=value).config.loss == loss
+
+
+@pytest.mark.parametrize(
+    "method,values,message",
+    [
+        ("cpo", {"loss_type": "hinge"}, "cannot be hinge: without a reference"),
+        ("dpo", {"loss_type": "kto_pair"}, "use method kto"),
+        ("kto", {"loss_type": "sigmoid"}, "on labelled completions there is kto"),
+        ("grpo", {"loss_type": "sapo"}, "cannot be sapo in this version"),
+        ("reward", {"loss_type": "sigmoid"}, "cannot be honoured by reward: it has one loss"),
+        ("sft", {"beta": 0.1}, "cannot be honoured by sft: its loss has no beta"),
+        ("kto", {"label_smoothing": 0.1}, "cannot be honoured by kto: its loss has none"),
+        ("sft", {"val_size": 100}, "data.eval_share the share that 100 rows are"),
+        ("sft", {"stage": "ppo"}, "use method grpo"),
+        ("sft", {"finetuning_type": "freeze"}, "model.freeze.layers"),
+        ("grpo", {"scale_rewards": "batch"}, "rewards are scaled within a group"),
+        ("sft", {"lr_scheduler_kwargs": {"power": 2}}, "can hold min_lr_rate alone"),
+        ("grpo", {"eval_prompt_data": ["a", "b", "c"]}, "must be pairs of a name and a file"),
+    ],
+)
+def test_values_that_a_method_cannot_honour_are_refused(method: str, values: dict, message: str):
+    assert message in error_of(method, **values)
+
+
+def test_beta_is_the_coefficient_of_the_penalty_in_reinforcement_learning():
+    config = read("grpo", beta=0.04).config
+    assert (config.kl.coef, config.loss) == (0.04, {})
+
+
+def test_the_stage_gives_way_to_a_loss_that_is_a_method_of_its_own():
+    config = from_values({**base_of("sft", {}), "stage": "dpo", "pref_loss": "simpo", "pref_beta": 2.5}).config
+    assert (config.method, config.loss) == ("simpo", {"beta": 2.5})
+    config = from_values({**base_of("sft", {}), "stage": "pt"}).config
+    assert (config.method, config.data.train_on) == ("sft", "all")
+
+
+def test_names_are_read_for_the_method_that_the_same_file_names_later():
+    values = {**base_of("sft", {}), "loss_type": "sigmoid", "rlhf_type": "CPO"}
+    assert from_values(values).config.loss == {"use": "cpo"}
+
+
+def test_a_list_of_loss_types_is_a_mixture_and_its_sft_is_the_cross_entropy_of_the_chosen():
+    mixed = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "beta": 0.3}
+    loaded = read("dpo", **mixed, label_smoothing=0.1)
+    config = loaded.config
+    assert config.loss == {} and config.nll_coef == 1.0
+    assert [(term.use, term.coef, term.options) for term in config.terms] == [
+        ("sigmoid", 0.8, {"beta": 0.3, "label_smoothing": 0.1}),
+        ("bco_pair", 0.2, {"beta": 0.3}),
+    ]
+    assert loaded.sources["terms"] == "loss_type in the call"
 
 
 def test_the_upper_clip_follows_the_lower_unless_it_is_given():
@@ -357,5 +508,5 @@ def test_a_flag_replaces_the_same_name_in_the_file(tmp_path: Path):
 
 
 def test_families_of_engine_options_are_refused_by_their_beginning():
-    for prefix in PREFIXES:
+    for prefix in [prefix for prefix, family in PREFIXES.items() if family.effect == "refused"]:
         assert f"{prefix}anything is 1 (from the call), but it is refused" in error_of(**{f"{prefix}anything": 1})

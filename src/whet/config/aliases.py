@@ -9,41 +9,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from whet.config import conversions as read
-from whet.config.conversions import Alias, checked, converted, idle, refused, renamed
+from whet.config.conversions import Alias, converted, idle, refused, renamed
+from whet.config.llamafactory_names import FACTORY_NAMES
+from whet.config.slime_names import SLIME_FAMILIES, SLIME_NAMES
+from whet.config.trl_names import TRL_NAMES
 
 _HF = ("Hugging Face",)
 _SFT = ("SFT trainer",)
 _TOOLKIT = ("RLHF toolkit",)
 _SLIME = ("slime",)
-ORIGINS = (*_HF, *_SFT, *_TOOLKIT, *_SLIME)
+ORIGINS = (*_HF, "TRL", "LLaMA-Factory", *_SFT, *_TOOLKIT, *_SLIME)
 
-_ONE_DEVICE = "this version trains and samples in one process on one device"
-_NO_PARALLEL = "this version trains on one device; models are not split over several"
-_FILTERED = "groups are not filtered while they are sampled in this version; leave it out"
-_LEFT_OVER = (
-    "every completion is finished in the step that began it in this version, so nothing is left over; leave it out"
-)
-_RECOMPUTE = "use backend.activation_checkpointing: true"
-_DISTILLATION = "distillation is not in this version, which trains with sft and grpo"
+_ONE_DEVICE = "this version trains on one device"
+_NO_HUB = "nothing is sent anywhere"
+_KERNELS = "it changes how fast tokens are computed, not what"
+_LOADING = "rows are prepared before the first step and kept on disk (data.cache_dir)"
 
 _ALL = [
     renamed(_HF + _TOOLKIT, "model_name_or_path", "model.path"),
     renamed(_SFT, "model_name", "model.path"),
-    renamed(_SLIME, "hf_checkpoint", "model.path"),
     converted(_SFT, "experiment_name", "output_dir", read.experiment, "`name` becomes `runs/name`"),
     idle(_SFT, "model_type", "the architecture is read from the model's own config.json", only=None),
     converted(_SFT, "device", "backend.device", read.device, "null is `auto`, `cuda:0` is `cuda`"),
-    renamed(_SLIME, "save", "output_dir"),
     # Data
     renamed(_SFT, "train_file", "data.train"),
     renamed(_SFT, "eval_file", "data.eval"),
-    renamed(_SLIME, "prompt_data", "data.train"),
-    renamed(_SLIME, "eval_prompt_data", "data.eval"),
-    renamed(_SLIME, "input_key", "data.columns.prompt"),
-    renamed(_SLIME, "label_key", "data.columns.label"),
-    renamed(_SLIME, "rollout_shuffle", "data.shuffle"),
-    renamed(_SLIME, "rollout_max_prompt_len", "data.max_prompt_length"),
-    converted(_SLIME, "apply_chat_template", "data.chat", read.chat, "true is `always`, false is `never`", switch=True),
     renamed(_SFT, "prompt_template", "data.prompt_template"),
     renamed(_SFT, "response_template", "data.response_template"),
     renamed(_SFT, "max_seq_length", "data.max_length"),
@@ -60,24 +50,23 @@ _ALL = [
     renamed(_HF + _SFT, "gradient_accumulation_steps", "train.accumulation"),
     renamed(_HF + _SFT, "num_train_epochs", "train.epochs"),
     converted(_HF, "max_steps", "train.steps", read.max_steps, "-1 is null"),
-    renamed(_SLIME, "num_rollout", "train.steps"),
-    renamed(_SLIME, "num_epoch", "train.epochs"),
     # Optimizer
     renamed(_HF + _SFT, "learning_rate", "optim.lr"),
-    renamed(_SLIME, "lr", "optim.lr"),
     renamed(_HF + _SFT, "weight_decay", "optim.weight_decay"),
     renamed(_HF + _SFT + _SLIME, "adam_beta1", "optim.beta1"),
     renamed(_HF + _SFT + _SLIME, "adam_beta2", "optim.beta2"),
     renamed(_HF + _SFT, "adam_epsilon", "optim.eps"),
-    renamed(_SLIME, "adam_eps", "optim.eps"),
     renamed(_HF + _SFT, "max_grad_norm", "optim.max_grad_norm"),
-    renamed(_SLIME, "clip_grad", "optim.max_grad_norm"),
     converted(_HF, "lr_scheduler_type", "optim.schedule", read.scheduler, "`constant_with_warmup` is `constant`"),
-    renamed(_SLIME, "lr_decay_style", "optim.schedule"),
     renamed(_HF, "warmup_ratio", "optim.warmup_ratio"),
     renamed(_SFT, "warmup_steps_ratio", "optim.warmup_ratio"),
-    renamed(_HF, "warmup_steps", "optim.warmup_steps"),
-    idle(_SLIME, "optimizer", "AdamW is the optimizer", only=("adam", "adamw")),
+    converted(
+        _HF,
+        "warmup_steps",
+        "optim.warmup_steps optim.warmup_ratio",
+        read.warmup_steps,
+        "a number below 1 is a share of all steps",
+    ),
     # Precision and memory
     converted(
         _SFT,
@@ -108,9 +97,6 @@ _ALL = [
     ),
     renamed(_HF, "gradient_checkpointing", "backend.activation_checkpointing"),
     renamed(_SFT, "use_gradient_checkpointing", "backend.activation_checkpointing"),
-    renamed(_SLIME, "max_tokens_per_gpu", "backend.max_tokens_per_device"),
-    idle(_SLIME, "use_dynamic_batch_size", "micro-batches are always cut by their tokens, without changing the loss"),
-    idle(_SLIME, "balance_data", "there is one device, so nothing to balance"),
     converted(
         _HF,
         "load_in_4bit",
@@ -193,7 +179,6 @@ _ALL = [
         "`tensorboard`, `all` or `none`; metrics.jsonl is always written",
     ),
     renamed(_HF, "save_steps", "checkpoint.every_steps"),
-    renamed(_SLIME, "save_interval", "checkpoint.every_steps"),
     converted(
         _HF,
         "save_strategy",
@@ -204,15 +189,7 @@ _ALL = [
     renamed(_HF, "save_total_limit", "checkpoint.keep"),
     renamed(_HF, "load_best_model_at_end", "checkpoint.best"),
     converted(_HF, "resume_from_checkpoint", "checkpoint.resume", read.resume, "null leaves `auto`", switch=True),
-    refused(
-        _SLIME,
-        "load",
-        "a run goes on by itself from the newest checkpoint in output_dir; for another use checkpoint.resume",
-        off=(None,),
-    ),
-    refused(_SLIME, "ref_load", "the reference is the model at model.path as it was before training", off=(None,)),
     renamed(_HF, "eval_steps", "eval.every_steps"),
-    renamed(_SLIME, "eval_interval", "eval.every_steps"),
     converted(
         _HF,
         "eval_strategy",
@@ -225,94 +202,65 @@ _ALL = [
         _HF, "greater_is_better", "eval.mode", read.greater_is_better, "true is `max`, false is `min`", switch=True
     ),
     renamed(_HF, "early_stopping_patience", "eval.patience"),
-    renamed(_SLIME, "n_samples_per_eval_prompt", "eval.num_samples"),
-    renamed(_SLIME, "eval_max_response_len", "eval.max_tokens"),
-    renamed(_SLIME, "eval_temperature", "eval.temperature"),
-    renamed(_SLIME, "eval_top_p", "eval.top_p"),
-    # Reinforcement learning
+    # The toolkit's choice of a method; its other names are TRL's
     converted(
         _TOOLKIT,
         "rlhf_type",
         "method credit.use loss.use",
         read.rlhf_type,
-        "`RLOO` is grpo with credit rloo; others are refused",
+        "`RLOO` is grpo with credit rloo and loss reinforce, `CPOSimPO` is cpo-simpo; `PPO` is refused",
     ),
-    renamed(_SLIME, "rollout_batch_size", "rollout.prompts_per_step"),
-    renamed(_SLIME, "n_samples_per_prompt", "rollout.group_size"),
-    renamed(_SLIME, "num_steps_per_rollout", "rollout.optimizer_steps"),
-    checked(
-        _SLIME,
-        "global_batch_size",
-        "must be `rollout.prompts_per_step` x `rollout.group_size` / `rollout.optimizer_steps`",
-        read.global_batch_size,
-    ),
-    renamed(_SLIME, "rollout_max_response_len", "rollout.max_tokens"),
-    renamed(_SLIME, "rollout_temperature", "rollout.temperature"),
-    renamed(_SLIME, "rollout_top_p", "rollout.top_p"),
-    converted(_SLIME, "rollout_top_k", "rollout.top_k", read.top_k, "-1 is 0"),
-    renamed(_SLIME, "rollout_stop", "rollout.stop"),
-    renamed(_SLIME, "rollout_stop_token_ids", "rollout.stop_token_ids"),
-    converted(_SLIME, "advantage_estimator", "credit.use", read.estimator, "`grpo`, `grpo_no_std` or `rloo`"),
-    converted(
-        _SLIME,
-        "use_kl_loss",
-        "kl.coef",
-        read.use_kl_loss,
-        "false is `kl.coef: 0`; true leaves it to `kl_loss_coef`",
-        switch=True,
-    ),
-    renamed(_SLIME, "kl_loss_coef", "kl.coef"),
-    renamed(_SLIME, "kl_loss_type", "kl.type"),
-    converted(
-        _SLIME,
-        "eps_clip",
-        "loss.clip_low loss.clip_high",
-        read.eps_clip,
-        "the upper limit too, unless `eps_clip_high` is given",
-    ),
-    renamed(_SLIME, "eps_clip_high", "loss.clip_high"),
-    renamed(_SLIME, "rm_type", "reward.use"),
-    renamed(_SLIME, "custom_rm_path", "reward.use", "a reward of your own, `async (episode) -> float`"),
-    refused(_SLIME, "over_sampling_batch_size", _FILTERED),
-    refused(_SLIME, "dynamic_sampling_filter_path", _FILTERED),
-    refused(_SLIME, "partial_rollout", _LEFT_OVER),
-    refused(_SLIME, "buffer_filter_path", _LEFT_OVER),
-    idle(_SLIME, "colocate", "engine and trainer share the device and the weights anyway", only=(True,)),
-    idle(_SLIME, "actor_num_nodes", _ONE_DEVICE, only=(1,)),
-    idle(_SLIME, "actor_num_gpus_per_node", _ONE_DEVICE, only=(1,)),
-    idle(_SLIME, "rollout_num_gpus_per_engine", _ONE_DEVICE, only=(1,)),
-    refused(_SLIME, "rollout_num_gpus", f"{_ONE_DEVICE}; leave it out"),
-    idle(_SLIME, "tensor_model_parallel_size", _NO_PARALLEL, only=(1,)),
-    idle(_SLIME, "pipeline_model_parallel_size", _NO_PARALLEL, only=(1,)),
-    idle(_SLIME, "context_parallel_size", _NO_PARALLEL, only=(1,)),
-    idle(_SLIME, "expert_model_parallel_size", _NO_PARALLEL, only=(1,)),
-    idle(_SLIME, "expert_tensor_parallel_size", _NO_PARALLEL, only=(1,)),
-    refused(_SLIME, "sequence_parallel", f"{_NO_PARALLEL}; leave it out"),
-    refused(_SLIME, "recompute_granularity", _RECOMPUTE, off=(None,)),
-    refused(_SLIME, "recompute_method", _RECOMPUTE, off=(None,)),
-    refused(_SLIME, "recompute_num_layers", _RECOMPUTE, off=(None,)),
-    # Distillation
-    refused(_TOOLKIT, "teacher_model_name_or_path", _DISTILLATION),
-    refused(_TOOLKIT, "lmbda", _DISTILLATION),
-    refused(_TOOLKIT, "seq_kd", _DISTILLATION),
+    # What else all of Hugging Face's trainers take
+    renamed(_HF, "eval_on_start", "eval.at_start"),
+    renamed(_HF, "label_smoothing_factor", "loss.label_smoothing"),
+    converted(_HF, "lr_scheduler_kwargs", "optim.min_lr_ratio", read.scheduler_kwargs, "`min_lr_rate` alone"),
+    converted(_HF, "tf32", "backend.matmul", read.tf32, "true is `high`, false is `highest`", switch=True),
+    converted(_HF, "use_cpu", "backend.device", read.use_cpu, "true is `cpu`", switch=True),
+    refused(_HF, "deepspeed", f"{_ONE_DEVICE}, without DeepSpeed; leave it out", off=(None, "")),
+    refused(_HF, "fsdp", f"{_ONE_DEVICE}; leave it out", off=(None, "", False, [])),
+    refused(_HF, "fsdp_config", f"{_ONE_DEVICE}; leave it out", off=(None, {})),
+    refused(_HF, "neftune_noise_alpha", "nothing is added to embeddings in this version; leave it out", off=(None,)),
+    refused(_HF, "push_to_hub", f"{_NO_HUB}; upload output_dir yourself (hf upload)"),
+    refused(_HF, "torch_compile", "models are not compiled in this version; leave it out"),
     refused(
-        _TOOLKIT,
-        "beta",
-        "preference losses and distillation are not in this version; the penalty of grpo is kl.coef",
-        off=(None,),
+        _HF,
+        "auto_find_batch_size",
+        "lower backend.max_tokens_per_device where memory runs out: it changes nothing else",
     ),
+    idle(_HF, "save_only_model", "a checkpoint is what a run goes on from, so it holds everything", only=(False, None)),
+    *(
+        idle(_HF, name, why, only=None)
+        for why, names in {
+            _KERNELS: ("gradient_checkpointing_kwargs", "torch_empty_cache_steps", "use_cache"),
+            "what is logged stands in metrics.jsonl": (
+                *("logging_first_step", "logging_strategy", "logging_dir", "logging_nan_inf_filter", "log_level"),
+                *("disable_tqdm", "run_name", "project", "include_tokens_per_second", "skip_memory_metrics"),
+            ),
+            "the command says what is done": ("do_train", "do_eval", "do_predict"),
+            "output_dir is gone on with where it holds a checkpoint (checkpoint.resume)": ("overwrite_output_dir",),
+            "columns that a method does not read are left alone": ("remove_unused_columns", "label_names"),
+            "losses are means over the tokens of the whole batch": ("average_tokens_across_devices",),
+            "seed orders the data too": ("data_seed",),
+            "it is part of how several processes work together": ("local_rank", "accelerator_config"),
+        }.items()
+        for name in names
+    ),
+    *TRL_NAMES,
+    *FACTORY_NAMES,
+    *SLIME_NAMES,
 ]
 
 ALIASES: Mapping[str, Alias] = {alias.name: alias for alias in _ALL}
 """Every name by itself."""
 
-_PASSED_THROUGH = "engines beside the embedded one are not in this version; sampling is set under rollout and engine"
 PREFIXES: Mapping[str, Alias] = {
     alias.name: alias
     for alias in [
-        refused(_SLIME, "sglang_", _PASSED_THROUGH, off=()),
-        refused(_SLIME, "vllm_", _PASSED_THROUGH, off=()),
-        refused(_SLIME, "megatron_", f"{_NO_PARALLEL}, and Megatron is not used", off=()),
+        *SLIME_FAMILIES,
+        idle(_HF, "dataloader_", _LOADING, only=None),
+        idle(_HF, "ddp_", "it is part of how several processes work together", only=None),
+        idle(_HF, "hub_", _NO_HUB, only=None),
+        idle(("LLaMA-Factory",), "swanlab_", "metrics.jsonl and TensorBoard files are written", only=None),
     ]
 }
 """Whole families of names, by how they begin."""

@@ -32,8 +32,8 @@ class Alias:
     origins: tuple[str, ...]
     """Who uses it."""
     effect: Literal["sets", "checked", "no effect", "refused"]
-    convert: Callable[[Any], Converted]
-    """The value as written -> settings. Raises Refused where the value cannot be honoured."""
+    convert: Callable[[Any, str], Converted]
+    """The value as written and the method of the run -> settings. Raises Refused where it cannot be honoured."""
     targets: tuple[str, ...] = ()
     note: str = ""
     """How values are read, why there is no effect, or why the name is refused."""
@@ -48,7 +48,7 @@ class Alias:
 
 def renamed(origins: tuple[str, ...], name: str, target: str, note: str = "") -> Alias:
     """A name that differs from ours in nothing else."""
-    return Alias(name, origins, "sets", lambda value: {target: value}, (target,), note)
+    return Alias(name, origins, "sets", lambda value, method: {target: value}, (target,), note)
 
 
 def converted(
@@ -62,18 +62,36 @@ def converted(
     check: Callable[[RunConfig, Any], str | None] | None = None,
 ) -> Alias:
     """A name whose value is said differently here."""
-    return Alias(name, origins, "sets", convert, tuple(targets.split()), note, switch, check)
+    return Alias(
+        name, origins, "sets", lambda value, method: convert(value), tuple(targets.split()), note, switch, check
+    )
+
+
+def by_method(name: str, ways: Mapping[tuple[str, ...], Alias], otherwise: str, note: str = "") -> Alias:
+    """A name that means different things to different methods; `otherwise` says why the rest have no use for it."""
+
+    def convert(value: object, method: str) -> Converted:
+        for methods, alias in ways.items():
+            if method in methods:
+                return alias.convert(value, method)
+        raise Refused(f"cannot be honoured by {method}: {otherwise}")
+
+    targets = tuple(dict.fromkeys(target for alias in ways.values() for target in alias.targets))
+    origins = tuple(dict.fromkeys(origin for alias in ways.values() for origin in alias.origins))
+    notes = (f"{', '.join(methods)}: {alias.note}" for methods, alias in ways.items() if alias.note)
+    switch = any(alias.switch for alias in ways.values())
+    return Alias(name, origins, "sets", convert, targets, "; ".join(filter(None, [*notes, note])), switch)
 
 
 def checked(origins: tuple[str, ...], name: str, note: str, check: Callable[[RunConfig, Any], str | None]) -> Alias:
     """A number that follows from other settings: it sets nothing, and must agree with them."""
-    return Alias(name, origins, "checked", whole_number, note=note, check=check)
+    return Alias(name, origins, "checked", lambda value, method: whole_number(value), note=note, check=check)
 
 
 def idle(origins: tuple[str, ...], name: str, why: str, only: tuple[object, ...] | None = (True, False, None)) -> Alias:
     """A name that needs nothing here, for the values of `only` (None: any); others are refused."""
 
-    def convert(value: object) -> Converted:
+    def convert(value: object, method: str) -> Converted:
         if only is not None and not any(value == one and type(value) is type(one) for one in only):
             raise Refused(f"cannot be honoured: {why}; leave it out")
         return {}
@@ -81,13 +99,13 @@ def idle(origins: tuple[str, ...], name: str, why: str, only: tuple[object, ...]
     # By identity: 1 == True, but a count is no switch.
     takes = {choice for choice in (True, False) if any(one is choice for one in only or ())}
     accepted = "" if only is None or False in takes else f"{' or '.join(map(show, only))} only: "
-    return Alias(name, origins, "no effect", convert, note=accepted + why, switch=True in takes)
+    return Alias(name, origins, "no effect", convert, note=accepted + why, switch=only is None or True in takes)
 
 
 def refused(origins: tuple[str, ...], name: str, why: str, off: tuple[object, ...] = (False, None)) -> Alias:
     """The name of something that is not here. Values of `off` ask for nothing and pass."""
 
-    def convert(value: object) -> Converted:
+    def convert(value: object, method: str) -> Converted:
         if not any(value is one for one in off):
             raise Refused(f"is refused: {why}")
         return {}
@@ -198,8 +216,32 @@ def max_steps(value: object) -> Converted:
     return {"train.steps": None if value == -1 else value}
 
 
+_SCHEDULES: Mapping[object, str] = {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine"}
+
+
 def scheduler(value: object) -> Converted:
-    return {"optim.schedule": "constant" if value == "constant_with_warmup" else value}
+    return {"optim.schedule": _SCHEDULES.get(value, value) if isinstance(value, str) else value}
+
+
+def scheduler_kwargs(value: object) -> Converted:
+    if value in (None, {}):
+        return {}
+    if not isinstance(value, dict) or set(value) != {"min_lr_rate"}:
+        raise Refused("can hold min_lr_rate alone (optim.min_lr_ratio)")
+    return {"optim.min_lr_ratio": value["min_lr_rate"]}
+
+
+def warmup_steps(value: object) -> Converted:
+    is_share = isinstance(value, float) and 0 < value < 1
+    return {"optim.warmup_ratio": value} if is_share else {"optim.warmup_steps": value}
+
+
+def tf32(value: object) -> Converted:
+    return {} if value is None else {"backend.matmul": "high" if switch(value) else "highest"}
+
+
+def use_cpu(value: object) -> Converted:
+    return {"backend.device": "cpu"} if switch(value) else {}
 
 
 def metric(value: object) -> Converted:
@@ -266,10 +308,21 @@ def estimator(value: object) -> Converted:
     return {"credit.use": value}
 
 
+_TYPES = {"reward": "reward", "dpo": "dpo", "kto": "kto", "cpo": "cpo", "simpo": "simpo", "cposimpo": "cpo-simpo"}
+
+
 def rlhf_type(value: object) -> Converted:
-    if isinstance(value, str) and value.lower() == "rloo":
+    kind = str(value).lower().replace("-", "").replace("_", "")
+    if kind == "rloo":
         return {"method": "grpo", "credit.use": "rloo", "loss.use": "reinforce"}
-    raise Refused(f"cannot be {value}: this version trains with sft and grpo (RLOO is grpo with credit rloo)")
+    if kind in _TYPES:
+        return {"method": _TYPES[kind]}
+    why = (
+        "PPO needs a critic, which this version does not train; use RLOO or method grpo"
+        if kind == "ppo"
+        else ("it must be RLOO, CPO, DPO, SimPO, CPOSimPO, KTO or Reward")
+    )
+    raise Refused(f"cannot be {value}: {why}")
 
 
 def whole_number(value: object) -> Converted:

@@ -50,8 +50,11 @@ class Combined:
         return next((source for inner, source in self.sources.items() if inner[: len(path)] == path), None)
 
 
-def combine(layers: Sequence[Sequence[Written]]) -> Combined:
-    """Put layers on top of each other, the last on top. What is wrong is collected, not raised."""
+def combine(layers: Sequence[Sequence[Written]], method: str) -> Combined:
+    """Put layers on top of each other, the last on top. What is wrong is collected, not raised.
+
+    `method` is that of the run: some names of other tools mean different things to different methods.
+    """
     result = Combined()
     strong: list[list[Value]] = []
     weak: list[Value] = []
@@ -62,7 +65,7 @@ def combine(layers: Sequence[Sequence[Written]]) -> Combined:
         for written in layer:
             if written.path in again and alias_of(written.path) is not None:
                 continue
-            for value in _understood(written, result):
+            for value in _understood(written, method, result):
                 if isinstance(value.value, Unless):
                     weak.append(Value(value.path, value.value.value, value.source))
                 else:
@@ -75,7 +78,7 @@ def combine(layers: Sequence[Sequence[Written]]) -> Combined:
     return result
 
 
-def _understood(written: Written, result: Combined) -> list[Value]:
+def _understood(written: Written, method: str, result: Combined) -> list[Value]:
     """The settings that a written name stands for; problems and foreign names are noted in `result`."""
     name = dotted(written.path)
     setting = find(written.path)
@@ -93,7 +96,7 @@ def _understood(written: Written, result: Combined) -> list[Value]:
         return []
     source = written.source if written.source.startswith("--") else f"{name} in {written.source}"
     try:
-        converted = alias.convert(written.value)
+        converted = alias.convert(written.value, method)
     except Refused as reason:
         result.problems.append(f"{name} is {show(written.value)} (from {written.source}), but it {reason}")
         return []
@@ -115,7 +118,12 @@ def suggestion(path: Path) -> str:
     """`; did you mean optim.lr?`: the nearest setting or name of another tool."""
     if hint := switch_hint(path):
         return hint
-    usable = {name: alias for name, alias in ALIASES.items() if alias.effect == "sets"}
+    # An alias that is the last part of its own setting would hide the others of that name.
+    usable = {
+        name: alias
+        for name, alias in ALIASES.items()
+        if alias.effect == "sets" and not any(target.endswith(f".{name}") for target in alias.targets)
+    }
     near = nearest(dotted(path), [*settings(), *usable])
     shown = [f"{name} ({any_of(usable[name].targets)})" if name in usable else name for name in near]
     return f"; did you mean {any_of(shown)}?" if shown else "; docs/configuration.md lists all settings"

@@ -11,12 +11,18 @@ import yaml
 from pydantic import ValidationError
 
 from whet.config.aliases import alias_of
+from whet.config.conversions import Refused, Unless
 from whet.config.layers import Combined, combine
+from whet.config.mixture import expand
 from whet.config.names import Path, dotted, find, is_open, show, takes_bool
 from whet.config.problems import Problem, problems_of, refuse
 from whet.config.rules import violations
 from whet.config.run import RunConfig
 from whet.config.written import Origin, Written, read_flags, read_yaml, settings_in
+
+
+UNKNOWN = "?"
+"""Stands in for a setting that is required and missing, where the others are looked at nevertheless."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +99,11 @@ def _is_switch(path: Path) -> bool:
 
 
 def _build(method: str | None, layers: Sequence[Sequence[Written]], problems: Sequence[str], trains: bool) -> Loaded:
-    combined = combine(layers)
+    combined = combine(layers, method or method_in(layers))
     combined.problems[:0] = problems
+    combined.problems += expand(combined.values)
+    if "terms" in combined.values and ("loss", "use") in combined.sources:
+        combined.sources.setdefault(("terms",), combined.sources[("loss", "use")])
     if method is not None:
         _set_method(method, combined)
     combined.values.setdefault("model", {})  # so that what is missing is the path, not the section
@@ -108,6 +117,25 @@ def _build(method: str | None, layers: Sequence[Sequence[Written]], problems: Se
     )
     sources = {dotted(path): source for path, source in combined.sources.items()}
     return Loaded(config, MappingProxyType(sources), notes)
+
+
+def method_in(layers: Sequence[Sequence[Written]]) -> str:
+    """The method that what was written asks for, by our name of it or by another tool's; sft where none does."""
+    strong, weak = None, None
+    for written in (written for layer in layers for written in layer):
+        alias = alias_of(written.path)
+        if written.path == ("method",):
+            strong = written.value
+        elif alias is not None and "method" in alias.targets:
+            try:
+                named = alias.convert(written.value, "sft").get("method")
+            except Refused:  # told when it is converted for good
+                continue
+            if isinstance(named, Unless):
+                weak = named.value
+            else:
+                strong = named or strong
+    return str(strong or weak or "sft")
 
 
 def _set_method(method: str, combined: Combined) -> None:
@@ -156,7 +184,7 @@ def _rest(values: Mapping[str, Any], wrong: Sequence[Problem]) -> RunConfig | No
         if isinstance(node, dict):
             kept = {key: keep(value, (*at, key)) for key, value in node.items() if (*at, key) not in paths}
             # What is required stands in for itself, so that the rest can be looked at.
-            missing = {str(path[-1]): "?" for path in paths if path[:-1] == at and path[-1] in ("use", "path")}
+            missing = {str(path[-1]): UNKNOWN for path in paths if path[:-1] == at and path[-1] in ("use", "path")}
             return {**missing, **kept}
         if isinstance(node, list):
             return [keep(item, (*at, index)) for index, item in enumerate(node)]

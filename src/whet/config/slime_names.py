@@ -1,0 +1,239 @@
+"""slime's names, with Megatron's and SGLang's that stand in its launch scripts, and what becomes of each."""
+
+from __future__ import annotations
+
+from whet.config import conversions as read
+from whet.config.conversions import Converted, Refused, checked, converted, idle, refused, renamed
+
+_SLIME = ("slime",)
+
+_ONE_DEVICE = "this version trains and samples in one process on one device"
+_NO_PARALLEL = "this version trains on one device; models are not split over several"
+_FILTERED = "groups are not filtered while they are sampled in this version; leave it out"
+_LEFT_OVER = (
+    "every completion is finished in the step that began it in this version, so nothing is left over; leave it out"
+)
+_REFERENCE = (
+    "the reference is the model at model.path as it was before training; for another give reference.path the folder "
+    "of a transformers model"
+)
+_RECOMPUTE = "use backend.activation_checkpointing: true"
+_ARCHITECTURE = "the architecture is read from the model's own config.json"
+_KERNELS = "attention, norms and sums are computed in float32 where it matters; there is nothing to choose"
+_ELSEWHERE = "it concerns processes or memory that a run on one device does not have"
+_PASSED_THROUGH = "engines beside the embedded one are not in this version; sampling is set under rollout and engine"
+_OWN_CODE = "a function of slime's own signature cannot be called here; see docs/extending.md for the one that can"
+
+
+def _reward(value: object) -> Converted:
+    """What ranks answers to mathematical questions elsewhere is `math` here."""
+    return {"reward.use": "math" if value in ("deepscaler", "dapo") else value}
+
+
+def _per_token(value: object) -> Converted:
+    return {"loss.weight": "token"} if read.switch(value) else {}
+
+
+def _eval_files(value: object) -> Converted:
+    """`name path name path`, or one path alone."""
+    if isinstance(value, list):
+        if len(value) % 2:
+            raise Refused("must be pairs of a name and a file, or one file")
+        value = value[1::2] if len(value) > 2 else value[1]
+    return {"data.eval": value}
+
+
+def _zero(name: str, why: str):
+    """A coefficient of something that is not here, which may be given as 0."""
+    return idle(_SLIME, name, why, only=(0, 0.0, False, None))
+
+
+SLIME_NAMES = [
+    renamed(_SLIME, "hf_checkpoint", "model.path"),
+    renamed(_SLIME, "save", "output_dir"),
+    renamed(_SLIME, "prompt_data", "data.train"),
+    converted(_SLIME, "eval_prompt_data", "data.eval", _eval_files, "of `name path` pairs the paths"),
+    renamed(_SLIME, "input_key", "data.columns.prompt"),
+    renamed(_SLIME, "label_key", "data.columns.label"),
+    renamed(_SLIME, "rollout_shuffle", "data.shuffle"),
+    renamed(_SLIME, "rollout_max_prompt_len", "data.max_prompt_length"),
+    converted(_SLIME, "apply_chat_template", "data.chat", read.chat, "true is `always`, false is `never`", switch=True),
+    renamed(_SLIME, "num_rollout", "train.steps"),
+    renamed(_SLIME, "num_epoch", "train.epochs"),
+    renamed(_SLIME, "lr", "optim.lr"),
+    renamed(_SLIME, "adam_eps", "optim.eps"),
+    renamed(_SLIME, "clip_grad", "optim.max_grad_norm"),
+    renamed(_SLIME, "lr_decay_style", "optim.schedule"),
+    idle(_SLIME, "optimizer", "AdamW is the optimizer", only=("adam", "adamw")),
+    renamed(_SLIME, "max_tokens_per_gpu", "backend.max_tokens_per_device"),
+    idle(_SLIME, "use_dynamic_batch_size", "micro-batches are always cut by their tokens, without changing the loss"),
+    idle(_SLIME, "balance_data", "there is one device, so nothing to balance"),
+    renamed(_SLIME, "save_interval", "checkpoint.every_steps"),
+    refused(
+        _SLIME,
+        "load",
+        "a run goes on by itself from the newest checkpoint in output_dir; for another use checkpoint.resume",
+        off=(None,),
+    ),
+    refused(_SLIME, "ref_load", _REFERENCE, off=(None,)),
+    renamed(_SLIME, "eval_interval", "eval.every_steps"),
+    renamed(_SLIME, "n_samples_per_eval_prompt", "eval.num_samples"),
+    renamed(_SLIME, "eval_max_response_len", "eval.max_tokens"),
+    renamed(_SLIME, "eval_temperature", "eval.temperature"),
+    renamed(_SLIME, "eval_top_p", "eval.top_p"),
+    renamed(_SLIME, "rollout_batch_size", "rollout.prompts_per_step"),
+    renamed(_SLIME, "n_samples_per_prompt", "rollout.group_size"),
+    renamed(_SLIME, "num_steps_per_rollout", "rollout.optimizer_steps"),
+    checked(
+        _SLIME,
+        "global_batch_size",
+        "must be `rollout.prompts_per_step` x `rollout.group_size` / `rollout.optimizer_steps`",
+        read.global_batch_size,
+    ),
+    renamed(_SLIME, "rollout_max_response_len", "rollout.max_tokens"),
+    renamed(_SLIME, "rollout_temperature", "rollout.temperature"),
+    renamed(_SLIME, "rollout_top_p", "rollout.top_p"),
+    converted(_SLIME, "rollout_top_k", "rollout.top_k", read.top_k, "-1 is 0"),
+    renamed(_SLIME, "rollout_stop", "rollout.stop"),
+    renamed(_SLIME, "rollout_stop_token_ids", "rollout.stop_token_ids"),
+    converted(_SLIME, "advantage_estimator", "credit.use", read.estimator, "`grpo`, `grpo_no_std` or `rloo`"),
+    converted(
+        _SLIME,
+        "use_kl_loss",
+        "kl.coef",
+        read.use_kl_loss,
+        "false is `kl.coef: 0`; true leaves it to `kl_loss_coef`",
+        switch=True,
+    ),
+    renamed(_SLIME, "kl_loss_coef", "kl.coef"),
+    renamed(_SLIME, "kl_loss_type", "kl.type"),
+    converted(
+        _SLIME,
+        "eps_clip",
+        "loss.clip_low loss.clip_high",
+        read.eps_clip,
+        "the upper limit too, unless `eps_clip_high` is given",
+    ),
+    renamed(_SLIME, "eps_clip_high", "loss.clip_high"),
+    converted(
+        _SLIME,
+        "rm_type",
+        "reward.use",
+        _reward,
+        "`math`, `deepscaler` and `dapo` are `math`: 1 for a right answer, else 0",
+    ),
+    renamed(
+        _SLIME,
+        "custom_rm_path",
+        "reward.use",
+        "a reward of your own: slime calls it with (args, sample), here it is `async (episode) -> float`",
+    ),
+    refused(_SLIME, "over_sampling_batch_size", _FILTERED),
+    refused(_SLIME, "dynamic_sampling_filter_path", _FILTERED),
+    refused(_SLIME, "partial_rollout", _LEFT_OVER),
+    refused(_SLIME, "buffer_filter_path", _LEFT_OVER),
+    idle(_SLIME, "colocate", "engine and trainer share the device and the weights anyway", only=(True,)),
+    idle(_SLIME, "actor_num_nodes", _ONE_DEVICE, only=(1,)),
+    idle(_SLIME, "actor_num_gpus_per_node", _ONE_DEVICE, only=(1,)),
+    idle(_SLIME, "rollout_num_gpus_per_engine", _ONE_DEVICE, only=(1,)),
+    refused(_SLIME, "rollout_num_gpus", f"{_ONE_DEVICE}; leave it out"),
+    idle(_SLIME, "tensor_model_parallel_size", _NO_PARALLEL, only=(1,)),
+    idle(_SLIME, "pipeline_model_parallel_size", _NO_PARALLEL, only=(1,)),
+    idle(_SLIME, "context_parallel_size", _NO_PARALLEL, only=(1,)),
+    idle(_SLIME, "expert_model_parallel_size", _NO_PARALLEL, only=(1,)),
+    idle(_SLIME, "expert_tensor_parallel_size", _NO_PARALLEL, only=(1,)),
+    refused(_SLIME, "sequence_parallel", f"{_NO_PARALLEL}; leave it out"),
+    refused(_SLIME, "recompute_granularity", _RECOMPUTE, off=(None,)),
+    refused(_SLIME, "recompute_method", _RECOMPUTE, off=(None,)),
+    refused(_SLIME, "recompute_num_layers", _RECOMPUTE, off=(None,)),
+    converted(
+        _SLIME,
+        "calculate_per_token_loss",
+        "loss.weight",
+        _per_token,
+        "true is `token`; false leaves the mean over completions of their token means",
+        switch=True,
+    ),
+    _zero("kl_coef", "the penalty is a term of the loss here, never a part of the reward; use kl.coef"),
+    refused(_SLIME, "use_tis", "engine and trainer share the weights in this version, so nothing is to be corrected"),
+    refused(_SLIME, "normalize_advantages", "advantages are normalised within their group only; leave it out"),
+    refused(_SLIME, "custom_generate_function_path", _OWN_CODE, off=(None,)),
+    refused(_SLIME, "rollout_function_path", _OWN_CODE, off=(None,)),
+    idle(_SLIME, "attention_dropout", "dropout is what the model's own config.json says", only=(0, 0.0)),
+    idle(_SLIME, "hidden_dropout", "dropout is what the model's own config.json says", only=(0, 0.0)),
+    *(
+        idle(_SLIME, name, _KERNELS, only=None)
+        for name in (
+            *(
+                "accumulate_allreduce_grads_in_fp32",
+                "attention_softmax_in_fp32",
+                "attention_backend",
+                "bias_swiglu_fusion",
+            ),
+            *("no_rope_fusion", "no_gradient_accumulation_fusion", "use_flash_attn", "transformer_impl"),
+        )
+    ),
+    *(
+        idle(_SLIME, name, _ELSEWHERE, only=None)
+        for name in (
+            *(
+                "train_backend",
+                "offload",
+                "offload_train",
+                "offload_rollout",
+                "num_gpus_per_node",
+                "use_fault_tolerance",
+            ),
+            *("use_slime_router", "distributed_backend", "distributed_timeout_minutes", "use_distributed_optimizer"),
+            *("no_check_for_nan_in_loss_and_grad", "micro_batch_size", "ref_micro_batch_size", "log_probs_chunk_size"),
+            *("update_weight_buffer_size", "rollout_health_check_interval", "rollout_health_check_timeout"),
+            *(
+                "rollout_health_check_first_wait",
+                "log_probs_max_tokens_per_gpu",
+                "ckpt_format",
+                "no_load_optim",
+                "no_load_rng",
+            ),
+        )
+    ),
+    *(
+        idle(_SLIME, name, _ARCHITECTURE, only=None)
+        for name in (
+            *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention"),
+            *("num_query_groups", "kv_channels", "qk_layernorm", "normalization", "norm_epsilon", "rotary_base"),
+            *("rotary_percent", "use_rotary_position_embeddings", "position_embedding_type", "vocab_size", "spec"),
+            *(
+                "disable_bias_linear",
+                "add_bias_linear",
+                "add_qkv_bias",
+                "swiglu",
+                "untie_embeddings_and_output_weights",
+            ),
+            *(
+                "post_self_attn_layernorm",
+                "post_mlp_layernorm",
+                "make_vocab_size_divisible_by",
+                "max_position_embeddings",
+            ),
+            *(
+                "multi_latent_attention",
+                "q_lora_rank",
+                "kv_lora_rank",
+                "qk_head_dim",
+                "qk_pos_emb_head_dim",
+                "v_head_dim",
+            ),
+            *("seq_length", "rotary_scaling_factor", "mscale", "mscale_all_dim", "rotary_interleaved"),
+        )
+    ),
+]
+
+SLIME_FAMILIES = [
+    refused(_SLIME, "sglang_", _PASSED_THROUGH, off=()),
+    refused(_SLIME, "vllm_", _PASSED_THROUGH, off=()),
+    refused(_SLIME, "megatron_", f"{_NO_PARALLEL}, and Megatron is not used", off=()),
+    idle(_SLIME, "moe_", _ARCHITECTURE, only=None),
+    refused(_SLIME, "wandb_", "this version writes TensorBoard files and metrics.jsonl (always); leave it out", off=()),
+    refused(_SLIME, "use_wandb", "this version writes TensorBoard files and metrics.jsonl (always); leave it out"),
+]
+"""Whole families of names, by how they begin."""
