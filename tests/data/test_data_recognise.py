@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
-from whet.data.recognise import NAMES, SHAPES, recognise
-from whet.data.shapes import Task
+from whet.data.pairs import Pair
+from whet.data.problems import Problems
+from whet.data.recognise import NAMES, SHAPES, read_items, recognise
+from whet.data.rows import parse_sources
+from whet.data.shapes import Task, Text, TextPair
 from whet.errors import DataError
 
 
@@ -49,18 +55,31 @@ def test_nothing_to_guess_by_leaves_placeholders():
                                                "rejected: your_rejected_column}")  # fmt: skip
 
 
+def read(path: str, task: Task, columns: dict[str, str] | None = None) -> list[Any]:
+    return [placed.item for placed in read_items(parse_sources(path), columns or {}, SHAPES[task], Problems())]
+
+
 @pytest.mark.parametrize("task", ["preference", "reward", "unpaired"])
 @pytest.mark.parametrize("name", ["question", "Input"])
-def test_a_prompt_of_another_name_is_never_left_out_silently(task: Task, name: str):
-    message = refusal(task, "system", name, "chosen", "rejected")
-    assert message == (
-        f"rows.jsonl has '{name}' beside chosen and rejected: map it with data.columns {{prompt: {name}}}, or, where "
-        f"both begin with the prompt, say {{chosen: chosen, rejected: rejected}}"
+def test_a_prompt_of_another_name_is_never_left_out_silently(write_rows: Callable[..., str], task: Task, name: str):
+    path = write_rows({"system": "be", name: "q", "chosen": "g", "rejected": "b"})
+    with pytest.raises(DataError) as caught:
+        read(path, task)
+    assert str(caught.value) == (
+        f"{path} has '{name}' beside chosen and rejected, which do not begin with it: map it with data.columns "
+        f"{{prompt: {name}}}, or, where both hold their prompt, say {{chosen: chosen, rejected: rejected}}"
     )
-    found = ("system", name, "chosen", "rejected")
-    assert recognise(found, {"prompt": name}, SHAPES[task], "").required == ("prompt", "chosen", "rejected")
+    assert read(path, task, {"prompt": name}) == [Pair(TextPair("q", "g", "be"), TextPair("q", "b", "be"))]
+
+
+def test_texts_that_hold_their_prompt_stand_for_themselves(write_rows: Callable[..., str]):
+    whole = {"question": "q", "chosen": "q g", "rejected": "q b", "source": "web"}
+    assert read(write_rows(whole), "preference") == [Pair(Text("q g"), Text("q b"))]
     both = {"chosen": "chosen", "rejected": "rejected"}
-    assert recognise(found, both, SHAPES[task], "").required == ("chosen", "rejected")
+    assert read(write_rows({**whole, "question": "x"}), "preference", both) == [Pair(Text("q g"), Text("q b"))]
+    messages = [[{"role": role, "content": "x"} for role in ("user", "assistant")] for _ in range(2)]
+    (found,) = read(write_rows({"question": "x", "chosen": messages[0], "rejected": messages[1]}), "preference")
+    assert found.chosen.trained_from == 1
 
 
 def test_a_label_makes_the_shape_of_a_judged_completion():

@@ -107,7 +107,8 @@ def _whole(fields: Fields, chosen: list[Message], rejected: list[Message]) -> Pa
     for name, side in zip(SIDES, (chosen, rejected), strict=True):
         if not _begins_with_prompt(side):
             text = f"field '{fields.name(name)}' begins with a message of the {side[0]['role']}, not with the prompt"
-            raise Malformed("without a prompt", f"{text}; put the prompt's messages first, or in a column prompt")
+            remedy = "put the prompt's messages first, or name their column in data.columns {prompt: …}"
+            raise Malformed("without a prompt", f"{text}; {remedy}")
     # At least one message is the answer, also where both conversations are the same.
     most = min(len(chosen), len(rejected)) - 1
     shared = next((i for i in range(most) if chosen[i] != rejected[i]), most)

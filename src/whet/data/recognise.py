@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from whet.data.pairs import PAIR_SHAPES, UNPAIRED_SHAPES
+from whet.data.pairs import PAIR_SHAPES, SIDES, UNPAIRED_SHAPES
 from whet.data.problems import Malformed, Problems
 from whet.data.rows import Row, Source, read_rows
 from whet.data.shapes import PROMPT_SHAPES, SFT_SHAPES, Fields, Shape, Task
@@ -52,7 +52,9 @@ def read_items(
     for source in sources:
         shape: Shape[Item] | None = None
         for row in read_rows(source, problems):
-            shape = shape or recognise(row.values, columns, shapes, source.path)
+            if shape is None:
+                shape = recognise(row.values, columns, shapes, source.path)
+                _require_prompt(row.values, columns, shape, source.path)
             try:
                 item = shape.read(Fields(row.values, columns))
             except Malformed as fault:
@@ -86,7 +88,6 @@ def recognise(
     available = used | {name for name in found if name not in taken and name not in columns}
     for shape in shapes:
         if shape.fits(available, used):
-            _require_prompt(found, used, shape, file)
             return shape
     raise DataError(_no_shape(found, used, available, shapes, file))
 
@@ -114,14 +115,21 @@ _OTHERWISE = (
 )
 
 
-def _require_prompt(found: Collection[str], used: set[str], shape: Shape, file: str) -> None:
-    """Raise DataError for pairs without a prompt beside a column that is likely to hold it."""
-    prompts = [name for name in found if name.lower() in _SYNONYMS["prompt"] and name not in shape.required]
-    if shape.required == ("chosen", "rejected") and not used.issuperset(shape.required) and prompts:
-        raise DataError(
-            f"{file} has {prompts[0]!r} beside chosen and rejected: map it with data.columns {{prompt: {prompts[0]}}}, "
-            f"or, where both begin with the prompt, say {{chosen: chosen, rejected: rejected}}"
-        )
+_PROMPTS = ("prompt", "question", "query", "instruction", "input", "problem")
+
+
+def _require_prompt(values: Mapping[str, Any], columns: Mapping[str, str], shape: Shape, file: str) -> None:
+    """Raise DataError for texts that are read as holding their prompt, beside a column that is likely to hold it."""
+    fields = Fields(values, columns)
+    texts = [fields.get(side) for side in SIDES]
+    if shape.required != SIDES or columns.keys() >= set(SIDES) or not all(isinstance(text, str) for text in texts):
+        return
+    for name, value in values.items():
+        if name.lower() in _PROMPTS and not all(text.startswith(str(value)) for text in texts):
+            raise DataError(
+                f"{file} has {name!r} beside chosen and rejected, which do not begin with it: map it with data.columns "
+                f"{{prompt: {name}}}, or, where both hold their prompt, say {{chosen: chosen, rejected: rejected}}"
+            )
 
 
 def _no_shape(found: Collection[str], used: set[str], available: set[str], shapes: Sequence[Shape], file: str) -> str:
