@@ -183,6 +183,8 @@ def test_bf16_logprobs_are_summed_in_float32(name: str, options: dict):
     right, exact = value_and_gradient(name, wide, batch, **options)
     assert values.dtype == torch.float32 and torch.equal(values, right)
     assert gradient.dtype == torch.bfloat16 and torch.equal(gradient, exact.bfloat16())
+    metrics, theirs = (LOSSES[name](logprobs, batch, **options)[1] for logprobs in (narrow, wide))
+    assert all(torch.equal(metrics[key].nan_to_num(), theirs[key].nan_to_num()) for key in theirs)
 
 
 # apo_down lowers both completions where the chosen one is ahead; discopop gives way on pairs ranked wrongly.

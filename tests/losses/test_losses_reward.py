@@ -11,15 +11,15 @@ from whet.losses.reward import bradley_terry
 
 
 def test_bradley_terry_by_hand(batch_of):
-    # pairs (2, 0) and (1, 1): log(1 + e^-2) = .1269, log 2 = .6931
-    values, metrics = bradley_terry({"scores": torch.tensor([2.0, 0, 1, 1])}, batch_of(1, 1, 1, 1, per_unit=2))
-    assert values.tolist() == pytest.approx([0.126928, math.log(2)], abs=1e-5)
+    # pairs (2, 0), (1, 1), (0, 3): log(1 + e^-2) = .126928, log 2, log(1 + e^3) = 3.048587
+    values, metrics = bradley_terry({"scores": torch.tensor([2.0, 0, 1, 1, 0, 3])}, batch_of(*[1] * 6, per_unit=2))
+    assert values.tolist() == pytest.approx([0.126928, math.log(2), 3.048587], abs=1e-5)
     assert {name: metric.tolist() for name, metric in metrics.items()} == {
-        "accuracy": [1, 0],  # a draw is not a win
-        "margin": [2, 0],
-        "min_reward": [0, 1],
-        "mean_reward": [1, 1],
-        "max_reward": [2, 1],
+        "accuracy": [1, 0, 0],  # a draw is not a win
+        "margin": [2, 0, -3],
+        "min_reward": [0, 1, 0],
+        "mean_reward": [1, 1, 1.5],
+        "max_reward": [2, 1, 3],
     }
 
 

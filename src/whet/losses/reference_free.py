@@ -81,7 +81,5 @@ def log1mexp(x: Tensor) -> Tensor:
     Source: Mächler 2012, Accurately computing log(1 - exp(-|a|)).
     """
     x = x.clamp(max=-torch.finfo(torch.float32).eps)
-    near = x > -math.log(2)
-    # Each branch sees only its own range, so that neither sends the other's gradient a NaN.
-    of_near, of_far = torch.where(near, x, -1.0), torch.where(near, -1.0, x)
-    return torch.where(near, (-torch.expm1(of_near)).log(), torch.log1p(-of_far.exp()))
+    # Where one branch is not exact it is at least finite, and so is its gradient.
+    return torch.where(x > -math.log(2), (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
