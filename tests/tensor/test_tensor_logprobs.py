@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
+from heads import Head, Largest, rows_per_chunk
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from whet.tensor import logprobs
+from whet.tensor import logits
 from whet.tensor.logprobs import token_logprobs
 
 EXTRAS = frozenset({"entropy", "mean_logprobs", "correct"})
-
-
-@dataclass
-class Head:
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
 
 
 def problem(count: int = 13, vocabulary: int = 37, width: int = 8, *, bias: bool = False, size: float = 1.0, **options):
@@ -81,12 +70,6 @@ def agree(hidden, head, targets, *, names=("logprobs", "entropy", "mean_logprobs
         assert torch.allclose(found[name].double(), right[name].double(), rtol=tolerance, atol=tolerance), name
     for ours, theirs in zip(grads, right_grads, strict=True):
         assert (ours - theirs).abs().max() <= tolerance * max(1.0, theirs.abs().max().item())
-
-
-def rows_per_chunk(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    """Chunks of so many rows, whatever the vocabulary: `chunk_mb` counts whole MiB, too coarse for a test."""
-    plain = logprobs._Spec
-    monkeypatch.setattr(logprobs, "_Spec", lambda s, c, t, d, _, e: plain(s, c, t, d, rows, e))
 
 
 HEADS = {
@@ -189,18 +172,6 @@ def test_one_of_several_likeliest_tokens_is_the_likeliest():
     assert out["correct"].tolist() == [True, False, False, False, False]
 
 
-class Largest(TorchDispatchMode):
-    """Notes the most elements of any tensor that an operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        found = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
-        self.elements = max([self.elements, *found])
-        return out
-
-
 def test_no_tensor_of_tokens_times_vocabulary_is_ever_made():
     count, vocabulary, chunk_mb = 2000, 50_000, 8
     hidden, head, targets = problem(count, vocabulary, 4)
@@ -222,6 +193,6 @@ def test_the_largest_tensor_is_noticed():
     ("count", "most", "lengths"), [(10, 4, [3, 3, 4]), (8, 4, [4, 4]), (3, 4, [3]), (9, 1, [1] * 9)]
 )
 def test_chunks_are_few_and_as_long_as_each_other(count: int, most: int, lengths: list[int]):
-    spans = logprobs._even_spans(count, most)
+    spans = logits.even_spans(count, most)
     assert [span.stop - span.start for span in spans] == lengths
     assert [i for span in spans for i in range(count)[span]] == list(range(count))

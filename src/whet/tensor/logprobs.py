@@ -1,42 +1,18 @@
-"""The language-model head where a loss looks, in chunks: logprobs of given tokens without a [T, V] tensor.
-
-From the logits on, everything is float32. The backward pass forms the logits of each chunk anew, except
-those of the last chunk, whose probabilities are still there when the backward pass begins with it.
-"""
+"""Logprobs under a language-model head: of given tokens, of given words, and the likeliest words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-CHUNK_MB = 128
-BLOCK_ELEMENTS = 2**19
-"""Logits that are worked on at a time: 2 MiB stay in a core's cache between one operation and the next."""
+from whet.tensor.head import read_head
+from whet.tensor.logits import CHUNK_MB, Block, HeadSpec, HeadWeights, Logits
 
 EXTRAS = frozenset({"entropy", "mean_logprobs", "correct"})
 """What can be had beside the logprobs: the entropy of the distribution, the mean logprob over the vocabulary
 (label smoothing), and whether the token was the likeliest."""
-
-
-class HeadWeights(Protocol):
-    """logits = softcap(scale * (hidden @ weight.T + bias)), weight [V, H], bias [V] or None.
-
-    `softcap(z) = cap * tanh(z / cap)`, left out when softcap is None.
-    """
-
-    @property
-    def weight(self) -> Tensor: ...
-    @property
-    def bias(self) -> Tensor | None: ...
-    @property
-    def scale(self) -> float: ...
-    @property
-    def softcap(self) -> float | None: ...
 
 
 def token_logprobs(
@@ -53,175 +29,152 @@ def token_logprobs(
     Returns `logprobs` and those of `EXTRAS` that are asked for, [M] each: float32 in nats, `correct` bool.
     Gradients flow through all but `correct`. About `chunk_mb` MiB are held for logits, whatever M is.
     """
-    assert extras <= EXTRAS, f"unknown outputs {sorted(extras - EXTRAS)}"
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-    rows = max(1, chunk_mb * 2**20 // (4 * len(head.weight)))
-    spec = _Spec(head.scale, head.softcap, temperature, dtype, rows, frozenset(extras))
-    values = _ChunkedHead.apply(hidden, head.weight, head.bias, targets, spec)
-    names = ("logprobs", "entropy", "mean_logprobs", "correct")
-    return {name: value for name, value in zip(names, values, strict=True) if value is not None}
+    reader = Tokens(targets, width=len(head.weight), temperature=temperature, extras=extras)
+    return read_head(hidden, head, [reader], chunk_mb=chunk_mb)
 
 
-@dataclass(frozen=True)
-class _Spec:
-    scale: float
-    softcap: float | None
-    temperature: float
-    dtype: torch.dtype
-    rows: int
-    extras: frozenset[str]
+def topk_logprobs(
+    hidden: Tensor,
+    head: HeadWeights,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    vocabulary: int | None = None,
+    chunk_mb: int = CHUNK_MB,
+) -> Tensor:
+    """Logprobs [M, k] of the words `ids` [M, k], under softmax(logits / temperature), with gradient.
 
-
-class _ChunkedHead(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, spec: _Spec):
-        logits = _Logits(hidden, weight, bias, spec)
-        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
-        entropy, mean = (torch.empty_like(logprobs) if e in spec.extras else None for e in ("entropy", "mean_logprobs"))
-        correct = torch.empty_like(logprobs, dtype=torch.bool) if "correct" in spec.extras else None
-        keep = any(ctx.needs_input_grad)
-        chunk: Tensor | None = None
-        for span in logits.spans:
-            chunk = logits.chunk(span)
-            kept = keep and span is logits.spans[-1]
-            for rows, z in logits.blocks(chunk, span):
-                logp = logits.log_softmax(z)
-                logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
-                if correct is not None:
-                    correct[rows] = logp.argmax(-1) == targets[rows]  # by index: of likeliest tokens only one is right
-                if mean is not None:
-                    mean[rows] = logp.mean(-1)
-                if entropy is not None or kept:
-                    probabilities = torch.exp(logp, out=z)
-                    if entropy is not None:
-                        entropy[rows] = logp.mul_(probabilities).sum(-1).neg_()
-        ctx.save_for_backward(hidden, weight, bias, targets, entropy)
-        ctx.spec, ctx.kept = spec, chunk if keep else None
-        ctx.set_materialize_grads(False)
-        if correct is not None:
-            ctx.mark_non_differentiable(correct)
-        return logprobs, entropy, mean, correct
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grad_outputs):
-        hidden, weight, bias, targets, entropy = ctx.saved_tensors
-        spec, kept, ctx.kept = ctx.spec, ctx.kept, None
-        logits = _Logits(hidden, weight, bias, spec)
-        grad_hidden, grad_weight, grad_bias = (
-            torch.zeros_like(x) if needed else None
-            for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
-        )
-        with_entropy = grad_outputs[1] is not None
-        for span in reversed(logits.spans):
-            fresh = kept is None or with_entropy
-            grad = logits.chunk(span) if fresh else kept
-            kept = None
-            for rows, z in logits.blocks(grad, span):
-                logp = logits.to_probabilities(z, with_logp=with_entropy) if fresh else None
-                upstream = [None if g is None else g[rows, None] for g in grad_outputs[:3]]
-                _to_logit_gradient(z, logp, entropy, targets, rows, *upstream)
-            grad = logits.gradient_before_temperature(grad, span).to(spec.dtype)
-            if grad_hidden is not None:
-                grad_hidden[span] = grad @ logits.weight
-            if grad_weight is not None:
-                _add_product(grad_weight, grad, logits.hidden[span])
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            del grad  # so that the kept chunk's memory is free before the next is formed
-        return grad_hidden, grad_weight, grad_bias, None, None
-
-
-def _to_logit_gradient(p, logp, entropy, targets, rows, g_logprob, g_entropy, g_mean) -> None:
-    """Turn probabilities p [m, V] into the gradient of the logits, in place.
-
-    With y the token and H the entropy it is g_logprob (1_y - p) + g_mean (1/V - p) - g_entropy p (log p + H).
+    The softmax is over the first `vocabulary` words; None: all. Float32, in nats.
     """
-    factor = -sum(g for g in (g_logprob, g_mean) if g is not None)
-    if g_entropy is not None:
-        factor = logp.add_(entropy[rows, None]).mul_(-g_entropy).add_(factor)
-    p.mul_(factor)
-    if g_mean is not None:
-        p.add_(g_mean / p.shape[1])
-    if g_logprob is not None:
-        p.scatter_add_(1, targets[rows, None], g_logprob)
+    reader = Words(ids, width=vocabulary or len(head.weight), temperature=temperature)
+    return read_head(hidden, head, [reader], chunk_mb=chunk_mb)["topk_logprobs"]
 
 
-def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total [V, H] += grad [m, V].T @ hidden [m, H], without a second [V, H] tensor where types allow."""
-    if total.dtype == grad.dtype:
-        total.addmm_(grad.t(), hidden)
-    else:
-        total += grad.t() @ hidden
+@torch.no_grad()
+def top_logprobs(
+    hidden: Tensor,
+    head: HeadWeights,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    vocabulary: int | None = None,
+    chunk_mb: int = CHUNK_MB,
+) -> tuple[Tensor, Tensor]:
+    """The k likeliest words under softmax(logits / temperature) over the first `vocabulary` words, without gradient.
+
+    Returns their ids [M, k] int64 and logprobs [M, k] float32 in nats, the likeliest first.
+    """
+    width = vocabulary or len(head.weight)
+    assert 1 <= k <= width, f"the {k} likeliest of {width} words"
+    bias = None if head.bias is None else head.bias[:width]
+    logits = Logits(hidden, head.weight[:width], bias, HeadSpec.of(head, width, chunk_mb))
+    ids = torch.empty((len(hidden), k), dtype=torch.int64, device=hidden.device)
+    logprobs = torch.empty((len(hidden), k), dtype=torch.float32, device=hidden.device)
+    for span in logits.spans:
+        for block in logits.blocks(logits.chunk(span), span):
+            top = block.log_softmax(temperature, width).topk(k, -1)
+            logprobs[block.rows], ids[block.rows] = top
+    return ids, logprobs
 
 
-def _even_spans(count: int, most: int) -> list[slice]:
-    """As few spans of at most `most` as can be, all about as long: the last, which is kept, should not be a rest."""
-    parts = -(-count // most)
-    return [slice(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+class _Softmax:
+    """What readers have in common whose gradient begins with the probabilities."""
+
+    extra_width = 0
+
+    def __init__(self, width: int, temperature: float):
+        self.width, self.temperature = width, temperature
+
+    def enter(self, span: slice) -> None:
+        pass
+
+    def leave(self) -> None:
+        pass
 
 
-class _Logits:
-    """Logits chunk by chunk in one buffer that is used over and over, worked on in blocks that fit a cache."""
+class Tokens(_Softmax):
+    """Reads the logprobs of `targets` [M], and `extras`; see `token_logprobs`."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: _Spec):
-        self.hidden, self.weight, self.bias, self.spec = hidden.to(spec.dtype), weight.to(spec.dtype), bias, spec
-        self.spans = _even_spans(len(hidden), spec.rows)
-        on_cpu = hidden.device.type == "cpu"
-        longest = max((s.stop - s.start for s in self.spans), default=1)
-        # A GPU would rather have few large operations.
-        self._block_rows = min(longest, max(1, BLOCK_ELEMENTS // len(weight))) if on_cpu else longest
-        self._buffer: Tensor | None = None
-        self._scratch = hidden.new_empty((self._block_rows, len(weight)), dtype=torch.float32)
+    def __init__(self, targets: Tensor, *, width: int, temperature: float = 1.0, extras: Set[str] = frozenset()):
+        assert extras <= EXTRAS, f"unknown outputs {sorted(extras - EXTRAS)}"
+        super().__init__(width, temperature)
+        self.targets = targets
+        self.names = ("logprobs", *(name for name in ("entropy", "mean_logprobs", "correct") if name in extras))
+        self._entropy: Tensor | None = None
 
-    def chunk(self, span: slice) -> Tensor:
-        """Scaled logits [m, V] of this span, soft-capped, before temperature, float32; overwrites the last chunk."""
-        z = self._raw(span)
-        return z.div_(self.spec.softcap).tanh_().mul_(self.spec.softcap) if self.spec.softcap else z
+    def begin(self, logits: Logits) -> tuple[Tensor, ...]:
+        types = [torch.bool if name == "correct" else None for name in self.names]
+        outputs = self._named([logits.like.new_empty(len(self.targets), dtype=dtype) for dtype in types])
+        # Detached: what a node of the graph holds must not lead back to its own outputs.
+        self._entropy = outputs["entropy"].detach() if "entropy" in outputs else None
+        return tuple(outputs.values())
 
-    def blocks(self, chunk: Tensor, span: slice) -> Iterator[tuple[slice, Tensor]]:
-        """(rows of the whole, their part of the chunk), a few rows at a time."""
-        for start in range(0, len(chunk), self._block_rows):
-            part = chunk[start : start + self._block_rows]
-            yield slice(span.start + start, span.start + start + len(part)), part
+    def read(self, block: Block, outputs: Sequence[Tensor], space: Tensor, keep: bool) -> None:
+        logp, targets = block.log_softmax(self.temperature, self.width), self.targets[block.rows]
+        out = self._named(outputs)
+        out["logprobs"][block.rows] = logp.gather(1, targets[:, None])[:, 0]
+        if "correct" in out:  # by index: of likeliest tokens only one is right
+            out["correct"][block.rows] = logp.argmax(-1) == targets
+        if "mean_logprobs" in out:
+            out["mean_logprobs"][block.rows] = logp.mean(-1)
+        if "entropy" in out or keep:
+            torch.exp(logp, out=space)
+        if "entropy" in out:
+            product = torch.mul(logp, space, out=block.space("product", self.width))
+            out["entropy"][block.rows] = product.sum(-1).neg_()
 
-    def log_softmax(self, z: Tensor) -> Tensor:
-        """log softmax(logits / temperature) of a block, in the scratch buffer."""
-        if self.spec.temperature != 1:
-            z.div_(self.spec.temperature)
-        return torch.ops.aten._log_softmax.out(z, -1, False, out=self._scratch[: len(z)])
+    def keeps_enough_for(self, grads: Sequence[Tensor | None]) -> bool:
+        return self._named(grads).get("entropy") is None
 
-    def to_probabilities(self, z: Tensor, *, with_logp: bool) -> Tensor | None:
-        """Turn a block of logits into probabilities, in place; returns their logarithms if asked to."""
-        if with_logp:
-            logp = self.log_softmax(z)
-            torch.exp(logp, out=z)
-            return logp
-        if self.spec.temperature != 1:
-            z.div_(self.spec.temperature)
-        z.copy_(torch.ops.aten._softmax.out(z, -1, False, out=self._scratch[: len(z)]))
-        return None
+    def differentiate(self, block: Block, space: Tensor, grads: Sequence[Tensor | None], kept: bool) -> None:
+        """With p the probabilities, y the token and H the entropy, the gradient is
 
-    def gradient_before_temperature(self, grad: Tensor, span: slice) -> Tensor:
-        """Gradient of hidden @ weight.T + bias, given that of the final logits; in place."""
-        if self.spec.softcap:  # the derivative of cap * tanh(z / cap) is 1 - tanh(z / cap)^2
-            kept = grad.clone()
-            capped = self._raw(span).div_(self.spec.softcap).tanh_()
-            grad = kept.mul_(1 - capped.square_())
-        factor = self.spec.scale / self.spec.temperature
-        return grad.mul_(factor) if factor != 1 else grad
+        g_logprob (1_y - p) + g_mean (1/V - p) - g_entropy p (log p + H).
+        """
+        g = {name: grad[:, None] for name, grad in self._named(grads).items() if grad is not None}
+        factor = -sum(g[name] for name in ("logprobs", "mean_logprobs") if name in g)
+        if "entropy" in g:
+            assert self._entropy is not None
+            logp = block.log_softmax(self.temperature, self.width)  # before `space`, which may be the logits
+            by_word = torch.add(logp, self._entropy[block.rows, None], out=block.space("product", self.width))
+            factor = by_word.mul_(-g["entropy"]).add_(factor)
+        if not kept:
+            block.softmax(self.temperature, self.width, space)
+        space.mul_(factor)
+        if "mean_logprobs" in g:
+            space.add_(g["mean_logprobs"] / self.width)
+        if "logprobs" in g:
+            space.scatter_add_(1, self.targets[block.rows, None], g["logprobs"])
 
-    def _raw(self, span: slice) -> Tensor:
-        """Scaled logits [m, V] before softcap and temperature, in the buffer."""
-        if self._buffer is None:
-            longest = max(s.stop - s.start for s in self.spans)
-            self._buffer = self.hidden.new_empty((longest, len(self.weight)), dtype=torch.float32)
-        out = self._buffer[: span.stop - span.start]
-        if self.spec.dtype == torch.float32:
-            torch.mm(self.hidden[span], self.weight.t(), out=out)
-        else:
-            out.copy_(self.hidden[span] @ self.weight.t())
-        if self.bias is not None:
-            out += self.bias
-        return out.mul_(self.spec.scale) if self.spec.scale != 1 else out
+    def _named(self, values: Sequence) -> dict:
+        return dict(zip(self.names, values, strict=True))
+
+
+class Words(_Softmax):
+    """Reads the logprobs of the words `ids` [M, k]; see `topk_logprobs`."""
+
+    names: tuple[str, ...] = ("topk_logprobs",)
+
+    def __init__(self, ids: Tensor, *, width: int, temperature: float = 1.0):
+        super().__init__(width, temperature)
+        self.ids = ids
+
+    def begin(self, logits: Logits) -> tuple[Tensor, ...]:
+        return (logits.like.new_empty(self.ids.shape),)
+
+    def read(self, block: Block, outputs: Sequence[Tensor], space: Tensor, keep: bool) -> None:
+        logp = block.log_softmax(self.temperature, self.width)
+        outputs[0][block.rows] = logp.gather(1, self.ids[block.rows])
+        if keep:
+            torch.exp(logp, out=space)
+
+    def keeps_enough_for(self, grads: Sequence[Tensor | None]) -> bool:
+        return True
+
+    def differentiate(self, block: Block, space: Tensor, grads: Sequence[Tensor | None], kept: bool) -> None:
+        """With p the probabilities it is the sum over the words of g_word (1_word - p)."""
+        (g,) = grads
+        assert g is not None
+        if not kept:
+            block.softmax(self.temperature, self.width, space)
+        space.mul_(-g.sum(-1, keepdim=True)).scatter_add_(1, self.ids[block.rows], g)
