@@ -15,7 +15,7 @@ from whet.backends.parity import choose_mode
 from whet.config.model import AdapterConfig, FreezeConfig, ModelConfig, QuantizationConfig
 from whet.engines.local.engine import LocalEngine
 from whet.errors import ModelError
-from whet.models.adapters import adapter_off
+from whet.models.adapters import adapter_off, trainable_summary
 from whet.models.export import save_model
 from whet.models.load import check_model_folder, load_model, load_tokenizer
 from whet.models.restore import load_weights
@@ -89,11 +89,23 @@ def _trained(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-@pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 8}])
-@pytest.mark.parametrize("adapter", [{}, {"init": "pissa"}, {"dora": True}])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_are_counted_however_few_bits_they_have(tiny_qwen, bits):
+    expected = trainable_summary(load_model(ModelConfig(path=str(tiny_qwen)), CPU))[1]
+    assert trainable_summary(quantised(tiny_qwen, bits=bits)) == (0, expected)
+
+
+@pytest.mark.parametrize(
+    "options,adapter",
+    [
+        ({"bits": 4}, {}),
+        ({"bits": 4}, {"init": "pissa"}),
+        ({"bits": 4}, {"dora": True}),
+        ({"bits": 8}, {}),
+        ({"bits": 8}, {"init": "olora"}),
+    ],
+)
 def test_an_adapter_begins_as_no_change_of_the_quantised_model_and_learns(tiny_qwen, options, adapter):
-    if options["bits"] == 8 and "dora" in adapter:
-        pytest.skip("refused by the configuration")
     plain = logits(quantised(tiny_qwen, **options))
     model = quantised(tiny_qwen, adapter=AdapterConfig(rank=4, **adapter), **options)
     torch.testing.assert_close(logits(model), plain, rtol=0, atol=1e-5)

@@ -18,6 +18,7 @@ from whet.config.model import AdapterConfig, FreezeConfig
 from whet.errors import ModelError
 from whet.models.initial import begin_as_weights, begins_as_weights, check_rank
 from whet.models.parts import base, decoder, head
+from whet.models.quantize import num_weights
 from whet.models.scores import KEY, is_reward_adapter
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def trainable_summary(model: nn.Module) -> tuple[int, int]:
     """Number of trained weights, and of all weights. Tied ones count once."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(map(num_weights, parameters))
 
 
 def has_adapter(model: nn.Module) -> bool:

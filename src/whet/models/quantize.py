@@ -13,6 +13,9 @@ from transformers import BitsAndBytesConfig
 from whet.config.model import ModelConfig
 from whet.errors import ModelError
 
+# It warns at its import, which is peft's too, of a kernel of the hub that is not there, and at every step of casts.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 
 def check_installed(cfg: ModelConfig) -> None:
     """Raises ModelError where the model is to be quantised and there is no bitsandbytes to do it."""
@@ -33,8 +36,6 @@ def loading_options(cfg: ModelConfig, device: torch.device) -> dict[str, Any]:
     if wanted is None:
         return {}
     check_installed(cfg)
-    # It tells at every import that a kernel of the hub is not there, and at every step that inputs are cast.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     options = BitsAndBytesConfig(
         load_in_4bit=wanted.bits == 4,
         load_in_8bit=wanted.bits == 8,
@@ -48,6 +49,12 @@ def loading_options(cfg: ModelConfig, device: torch.device) -> dict[str, Any]:
 def is_quantised(model: nn.Module) -> bool:
     """Whether the transformers model itself (not what is wrapped around it) holds quantised weights."""
     return bool(getattr(model, "is_quantized", False))
+
+
+def num_weights(parameter: nn.Parameter) -> int:
+    """How many weights a parameter holds; in 4 bits two share a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
 
 
 def compute_alike(model: nn.Module) -> None:
