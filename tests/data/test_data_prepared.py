@@ -119,6 +119,8 @@ def test_pairs_of_twice_the_same_are_left_out_and_told(read: Callable[..., Prepa
     with pytest.raises(DataError, match="none of 1 pairs is left"):
         read("preference", same)
     assert len(read("unpaired", same, PAIRS[0])) == 2
+    whole = {"chosen": "q a", "rejected": "q a"}
+    assert read("preference", {"chosen": "q a", "rejected": "q b"}, whole).report.identical == 1
 
 
 def test_uneven_margins_and_other_faults_are_told_together(read: Callable[..., Prepared]):
