@@ -16,10 +16,10 @@ PACKAGE = ROOT / "src" / "whet"
 # A module or folder of src/whet imports only from those to its left, and from itself.
 ORDER = (
     *("types", "columns", "errors", "tree", "batch", "tensor", "losses", "credit", "config"),
-    *("annotate", "methods", "tally", "models", "merge", "engines", "data", "rollout", "rewards", "envs"),
-    *("checkpoints", "backends", "weights", "cluster"),
+    *("annotate", "methods", "tally", "models", "merge", "engines", "data", "rollout"),
+    *("checkpoints", "backends", "scorer", "rewards", "envs", "weights", "cluster"),
     *("check", "view", "log", "schedule", "recipe", "loop", "evaluate", "roles", "precompute", "feeds", "keeper", "compose", "answer"),
-    *("chat", "trainer", "demo", "cli", "__main__"),
+    *("sample", "chat", "trainer", "demo", "cli", "__main__"),
 )
 
 # These rooms see less than what lies to their left.
@@ -47,6 +47,7 @@ CONFINED = {
     "deepspeed": {"backends/deepspeed.py"},
     "ray": {"cluster/ray.py"},
     "peft": {"models/"},
+    "httpx2": {"rewards/judge.py"},
     "bitsandbytes": {"models/quantize.py"},
     "math_verify": {"rewards/math_worker.py"},
 }

@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from whet import __version__
 from whet.errors import WhetError
+
+if TYPE_CHECKING:
+    from whet.config.run import RunConfig
 
 HELP = """\
 whet sharpens language models after pre-training.
@@ -25,6 +30,7 @@ whet sharpens language models after pre-training.
       kto bco                                 preference optimisation, on labelled completions
       gkd distill                             distillation from a teacher
       grpo                                    reinforcement learning on prompts with a reward
+  whet sample CONFIG.yaml [--then TRAIN.yaml] rejection sampling: the best of several answers become rows
   whet eval CONFIG.yaml [--section.key value] evaluate a model on held-out data
   whet chat MODEL                             talk to a model
   whet merge ADAPTER OUTPUT                   add an adapter into plain weights
@@ -44,6 +50,16 @@ rows.jsonl holds {"prompt": …, "response": …} or {"messages": […]} per lin
 and slime (--learning_rate, --n-samples-per-prompt, …) are understood as well.
 
 With checkpoint.every_steps set, the same command goes on from the newest checkpoint in output_dir.
+"""
+
+
+SAMPLE_HELP = """\
+whet sample CONFIG.yaml [--then TRAIN.yaml] [--section.key value …]
+
+Answers every prompt of data.train rollout.group_size times, scores the answers by `reward`, and writes
+what sample.select says (best, pairs, labels, all) to output_dir/rows.jsonl, with report.json and
+scores.png beside it. The same command goes on where it was stopped or killed. With --then, TRAIN.yaml
+is run on the rows.
 """
 
 
@@ -113,17 +129,39 @@ def _load(method: str | None, arguments: list[str], *, trains: bool = True):
 def _train(method: str, arguments: list[str]) -> int:
     if _asks_help(arguments):
         return _method_help(method)
-    config = _load(method, arguments)
+    return _run(_load(method, arguments))
+
+
+def _run(config: RunConfig) -> int:
     from whet.compose import compose
 
     run = compose(config)
-    with _orderly_end(run.loop.request_stop):
+    with _orderly_end(run.loop.request_stop, "after this step"):
         asyncio.run(run.train())
     return 0 if run.loop.finished else 130
 
 
+def _sample(arguments: list[str]) -> int:
+    if _asks_help(arguments):
+        from whet.config.reference import summary
+
+        print(f"{SAMPLE_HELP}\n{summary()}")
+        return 0
+    config = _load("sample", [re.sub(r"^--then(?==|$)", "--sample.then", argument) for argument in arguments])
+    from whet.sample.report import in_lines
+    from whet.sample.run import compose_sampling
+
+    run = compose_sampling(config)
+    with _orderly_end(run.request_stop, "as soon as possible"):
+        report = asyncio.run(run.sample())
+    if report is None:
+        return 130
+    print("\n".join(in_lines(report)))
+    return 0 if run.then is None else _run(run.then)
+
+
 @contextmanager
-def _orderly_end(request_stop: Callable[[], None]) -> Iterator[None]:
+def _orderly_end(request_stop: Callable[[], None], when: str) -> Iterator[None]:
     """The first SIGINT or SIGTERM asks for an orderly end; a second one ends at once, as without us.
 
     Not by the event loop's own handlers: they would wait while a step computes, and a run over rows is one
@@ -132,7 +170,7 @@ def _orderly_end(request_stop: Callable[[], None]) -> Iterator[None]:
 
     def ask(number: int, frame: object) -> None:
         signal.signal(number, before[number])
-        os.write(2, b"stopping after this step; once more stops at once\n")
+        os.write(2, f"stopping {when}; once more stops at once\n".encode())
         request_stop()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -227,6 +265,7 @@ METHODS = (
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     **{method: partial(_train, method) for method in METHODS},
+    "sample": _sample,
     "eval": _eval,
     "chat": _chat,
     "merge": _merge,

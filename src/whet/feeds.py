@@ -140,6 +140,7 @@ class PromptFeed:
 
     def connect(self, policy: Policy) -> Connected:
         """The source that samples from the engine, and the evaluation on held-out prompts."""
+        self.scorer.load(policy.config.backend)
         engine, stops = policy.engine(), policy.stop_token_ids
         config = self.config
         source = RolloutSource(
@@ -161,6 +162,7 @@ class PromptFeed:
         self, policy: Policy, running: Running | None = None, *, engine: Engine | None = None
     ) -> dict[str, float]:
         """Sample the held-out prompts and score them; metrics are named `eval/…`."""
+        self.scorer.load(policy.config.backend)
         engine, stops = engine or policy.engine(), policy.stop_token_ids
         config = self.config
         assert self.eval is not None, "evaluation needs prompts"

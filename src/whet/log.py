@@ -56,7 +56,7 @@ class RunLog:
             drop_lines_after(self.path, resume_step)
             self._file = self.path.open("a", encoding="utf-8")
             self._board = _open_board(self.path.parent / "tensorboard", resume_step) if config.tensorboard else None
-        self._meter = _Meter(total_steps, resume_step) if config.progress else None
+        self._meter = Meter(total_steps, resume_step) if config.progress else None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log what was measured at `step`; metric names are `role/quantity`.
@@ -104,17 +104,17 @@ class RunLog:
                     self._board.add_scalar(name, value, step)
 
 
-class _Meter:
-    """The progress bar on a terminal; elsewhere a plain line now and then."""
+class Meter:
+    """The progress bar on a terminal; elsewhere a plain line now and then. `what` is counted: `step`."""
 
-    def __init__(self, total_steps: int, done: int) -> None:
+    def __init__(self, total_steps: int, done: int, what: str = "step") -> None:
         self._total_steps = total_steps
-        self._first = done
+        self._first, self._what = done, what
         self._start = time.monotonic()
         self._last_line: float | None = None
         self._bar: Progress | None = None
         if console().is_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"))
+            columns = (TextColumn(what), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"))
             self._bar = Progress(*columns, console=console())
             self._task = self._bar.add_task("", total=total_steps, completed=done, text="")
             self._bar.start()
@@ -132,7 +132,7 @@ class _Meter:
             self._bar.update(self._task, completed=step, text=text)
         elif self._last_line is None or step == self._total_steps or now - self._last_line >= LINE_INTERVAL_S:
             self._last_line = now
-            logger.info(f"step {step}/{self._total_steps} · {text}")
+            logger.info(f"{self._what} {step}/{self._total_steps} · {text}")
 
     def close(self) -> None:
         if self._bar:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from whet.config.loader import from_values
-from whet.config.rules import GROUP_CREDITS, METHOD_NAMES, metric_mode
+from whet.config.rules import GROUP_CREDITS, TRAINS, metric_mode
 from whet.credit import CREDITS
 from whet.errors import ConfigError
 from whet.methods import METHODS
@@ -218,5 +218,5 @@ def test_the_direction_of_a_metric_is_read_from_its_name():
 
 
 def test_names_known_here_are_those_that_exist():
-    assert set(METHOD_NAMES) == set(METHODS)
+    assert set(TRAINS) == set(METHODS)
     assert set(GROUP_CREDITS) == {name for name, rule in CREDITS.items() if rule.min_group > 1}

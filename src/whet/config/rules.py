@@ -12,28 +12,41 @@ from whet.config.names import did_you_mean, show
 from whet.config.problems import Problem
 from whet.config.rollout import RolloutConfig
 from whet.config.run import RunConfig
+from whet.config.sample_rules import sampling_problems
 from whet.config.train import TrainConfig
 
 PAIRED = ("dpo", "apo", "simpo", "cpo", "cpo-simpo", "orpo")
 UNPAIRED = ("kto", "bco")
 DISTILLS = ("gkd", "distill")
 REINFORCES = ("grpo",)
-METHOD_NAMES = ("sft", "reward", *PAIRED, *UNPAIRED, *DISTILLS, *REINFORCES)
+TRAINS = ("sft", "reward", *PAIRED, *UNPAIRED, *DISTILLS, *REINFORCES)
+"""Methods that train a model."""
+SAMPLES = ("sample",)
+METHOD_NAMES = (*TRAINS, *SAMPLES)
 """Methods that can be chosen by name."""
 REFERS = ("dpo", "apo", *UNPAIRED, *REINFORCES)
 """Methods that hold the policy against a reference."""
 BELONGS: Mapping[str, tuple[str, ...]] = {
-    "reward": REINFORCES,
+    "reward": (*REINFORCES, *SAMPLES),
     "credit": REINFORCES,
     "env": REINFORCES,
     "kl": REINFORCES,
-    "rollout": (*REINFORCES, *DISTILLS),
-    "engine": (*REINFORCES, *DISTILLS),
+    "rollout": (*REINFORCES, *DISTILLS, *SAMPLES),
+    "engine": (*REINFORCES, *DISTILLS, *SAMPLES),
     "reference": REFERS,
     "nll_coef": (*PAIRED, *UNPAIRED),
     "distill": DISTILLS,
+    "sample": SAMPLES,
+    **dict.fromkeys(("train", "optim", "eval", "checkpoint", "loss", "terms", "entropy_coef"), TRAINS),
 }
 """Sections, and the methods that have a use for them."""
+ROWS_FOR: Mapping[str, tuple[str, ...]] = {
+    "best": ("sft", *DISTILLS),
+    "all": ("sft", *DISTILLS),
+    "pairs": (*PAIRED, "reward", *UNPAIRED),
+    "labels": UNPAIRED,
+}
+"""What rejection sampling selects -> the methods that can train on it."""
 GROUP_CREDITS = ("grpo", "grpo_no_std", "rloo")
 """Credit rules that compare the members of a group, and so need at least two."""
 LESS_IS_BETTER = ("loss", "perplexity")
@@ -77,10 +90,13 @@ def _method(config: RunConfig) -> Iterator[Problem]:
 
 def _trains(config: RunConfig) -> Iterator[Problem]:
     if config.data.train is None or config.data.train == []:
-        yield _problem("data.train", f"data.train is missing: {config.method} needs a file to train on")
+        wanted = "prompts to sample from" if config.method in SAMPLES else "to train on"
+        yield _problem("data.train", f"data.train is missing: {config.method} needs a file {wanted}")
 
 
 def _trains_quantised(config: RunConfig) -> Iterator[Problem]:
+    if config.method in SAMPLES:
+        return
     model = config.model
     # The folder of an adapter alone: it is trained on.
     is_adapter = model.adapter is not None or (Path(model.path).expanduser() / "adapter_config.json").is_file()
@@ -93,7 +109,7 @@ def _trains_quantised(config: RunConfig) -> Iterator[Problem]:
 
 
 def _needs(config: RunConfig) -> Iterator[Problem]:
-    if _reinforces(config) and not config.reward:
+    if config.method in BELONGS["reward"] and not config.reward:
         yield _problem("reward", f"reward is missing: {config.method} needs one, as in reward.use: math")
     if config.method in DISTILLS and config.distill.teacher is None:
         yield _problem("distill.teacher", f"distill.teacher is missing: {config.method} learns from a teacher")
@@ -106,12 +122,13 @@ def _belongs(config: RunConfig) -> Iterator[Problem]:
     if config.method not in METHOD_NAMES:
         return
     for name, methods in BELONGS.items():
-        if config.method not in methods and getattr(config, name) != RunConfig.model_fields[name].default:
-            other = f"set method to {' or '.join(methods[:3])}" if len(methods) < 4 else f"it goes with {methods[0]}"
+        default = RunConfig.model_fields[name].get_default(call_default_factory=True)
+        if config.method not in methods and getattr(config, name) != default:
+            other = f"set method to {' or '.join(methods)}" if len(methods) < 5 else f"it goes with {methods[0]}"
             yield _problem(name, f"{name} is given, but {config.method} has no use for it; remove it, or {other}")
     if _reinforces(config):
         yield from _rollouts_alone(config)
-    elif config.data.max_prompt_length is not None:
+    elif config.data.max_prompt_length is not None and config.method not in SAMPLES:
         yield _problem(
             "data.max_prompt_length",
             f"data.max_prompt_length is {config.data.max_prompt_length}, but {config.method} has no use for it; "
@@ -335,4 +352,5 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _evaluation,
     _metric,
     _sampling,
+    sampling_problems,
 )

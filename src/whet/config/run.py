@@ -11,6 +11,7 @@ from whet.config.model import ModelConfig
 from whet.config.optim import OptimConfig
 from whet.config.roles import DistillConfig, ReferenceConfig
 from whet.config.rollout import EngineConfig, KLConfig, RewardConfig, RolloutConfig
+from whet.config.sample import SampleConfig
 from whet.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
 
 
@@ -33,7 +34,8 @@ class RunConfig(Config):
 
     method: str = "sft"
     """What to do: `sft`; `reward`; preference optimisation by `dpo`, `simpo`, `cpo`, `cpo-simpo`, `orpo`, `apo` on
-    pairs, or `kto`, `bco` on labelled completions; distillation by `gkd`, `distill`; reinforcement learning by `grpo`.
+    pairs, or `kto`, `bco` on labelled completions; distillation by `gkd`, `distill`; reinforcement learning by `grpo`;
+    `sample` makes rows of the best of several completions.
     The command line sets it from the command."""
     output_dir: str = "runs/default"
     """Folder for checkpoints, metrics and the final model."""
@@ -68,3 +70,4 @@ class RunConfig(Config):
     """The environment that completions are played in; one turn when not given."""
     reward: RewardConfig | list[RewardConfig] | None = None
     """Reward function, or several whose weighted sum is the reward."""
+    sample: SampleConfig = SampleConfig()

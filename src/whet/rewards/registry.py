@@ -13,12 +13,20 @@ from whet.config.plugin import resolve, validated_options
 from whet.config.rollout import RewardConfig
 from whet.errors import ConfigError
 from whet.rewards.exact import ExactReward
+from whet.rewards.judge import JudgeReward
 from whet.rewards.math import MathReward
+from whet.rewards.model import ModelReward
 from whet.rewards.random import coin
 from whet.rewards.score import NamedReward, RewardScorer
 from whet.rollout.protocols import Reward
 
-BUILTINS: dict[str, Any] = {"math": MathReward, "exact": ExactReward, "random": coin}
+BUILTINS: dict[str, Any] = {
+    "math": MathReward,
+    "exact": ExactReward,
+    "model": ModelReward,
+    "judge": JudgeReward,
+    "random": coin,
+}
 
 
 def build_scorer(configs: RewardConfig | Sequence[RewardConfig] | None) -> RewardScorer:
@@ -30,7 +38,7 @@ def build_scorer(configs: RewardConfig | Sequence[RewardConfig] | None) -> Rewar
     listed = [configs] if single else list(configs or ())
     if not listed:
         raise ConfigError(
-            f"reward is not set, but reinforcement learning needs one; set reward.use to one of "
+            f"reward is not set, but completions are to be judged; set reward.use to one of "
             f"{', '.join(BUILTINS)}, or to a function of your own as in my.rewards:exact"
         )
     rewards = [

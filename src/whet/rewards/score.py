@@ -9,9 +9,11 @@ import math
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from whet.config.backend import BackendConfig
 from whet.errors import DataError, RewardError
 from whet.rollout.protocols import Reward
 from whet.types import Episode, Prompt
@@ -38,13 +40,15 @@ class RewardScorer:
 
     Async rewards run on the event loop, all others in threads, at most 16 at a time. A thread that
     runs into its limit is left behind: it cannot be stopped, but nothing waits for it any more.
+    A reward with an attribute `max_concurrent` is called by so many at a time; its time counts from then.
     """
 
     def __init__(self, rewards: Sequence[NamedReward]) -> None:
         assert len({reward.name for reward in rewards}) == len(rewards) > 0, "rewards have names of their own"
         self.rewards = tuple(rewards)
         self._num_uniform = 0
-        self._slots: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+        self._slots: dict[str, asyncio.Semaphore] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Ask the rewards whether they can judge these prompts at all, before a model is loaded.
@@ -59,6 +63,12 @@ class RewardScorer:
                     f"reward '{named.name}' cannot judge {len(faults)} prompts; the first is {faults[0]}; correct "
                     f"the rows, or name the column that holds the answer in data.columns, as in {{label: answer}}"
                 )
+
+    def load(self, backend: BackendConfig) -> None:
+        """Let rewards that have a method `load` load their models as the run loads its own."""
+        for named in self.rewards:
+            if (load := getattr(named.reward, "load", None)) is not None:
+                load(backend)
 
     async def score(self, episode: Episode) -> None:
         """Set `reward` to the weighted sum, and `rewards` to each function's own value by its name.
@@ -114,16 +124,19 @@ class RewardScorer:
 
     async def _call(self, reward: NamedReward, episode: Episode) -> Any:
         if is_async(reward.reward):
-            return await within(reward.timeout_s, reward.reward(episode))
-        async with self._thread_slot():
+            limit = getattr(reward.reward, "max_concurrent", None)
+            async with self._slot(reward.name, limit) if limit else nullcontext():
+                return await within(reward.timeout_s, reward.reward(episode))
+        async with self._slot("", MAX_THREADS):
             value = await within(reward.timeout_s, asyncio.wrap_future(in_thread(reward.reward, episode)))
         return await within(reward.timeout_s, value) if inspect.isawaitable(value) else value
 
-    def _thread_slot(self) -> asyncio.Semaphore:
+    def _slot(self, kind: str, limit: int) -> asyncio.Semaphore:
+        """What lets `limit` callers of a kind in at a time; made anew for each event loop."""
         loop = asyncio.get_running_loop()
-        if self._slots is None or self._slots[0] is not loop:
-            self._slots = loop, asyncio.Semaphore(MAX_THREADS)
-        return self._slots[1]
+        if self._loop is not loop:
+            self._slots, self._loop = {}, loop
+        return self._slots.setdefault(kind, asyncio.Semaphore(limit))
 
 
 class _Failure(Exception):

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from whet.config.backend import BackendConfig
 from whet.types import Completion, Episode, Prompt, Unit
 
 StateDict = dict[str, Any]
@@ -78,7 +79,9 @@ class Reward(Protocol):
 
     A dict is recorded part by part; its `score` is what counts, or the sum of all parts without one.
     None, a number that is not finite, or an exception marks the episode as failed. A reward may have a
-    method `check(prompt)` that raises ValueError for a prompt which it could never judge.
+    method `check(prompt)` that raises ValueError for a prompt which it could never judge, a method
+    `load(backend)` that loads a model under the run's `BackendConfig`, and a number `max_concurrent` of calls
+    that it takes at a time.
     """
 
     def __call__(self, episode: Episode) -> float | dict[str, float] | Awaitable[float | dict[str, float]]: ...
@@ -89,6 +92,10 @@ class Scorer(Protocol):
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises DataError for prompts that can never be judged; called before a model is loaded."""
+        ...
+
+    def load(self, backend: BackendConfig) -> None:
+        """Load models that rewards are computed with; called once the run's own is there."""
         ...
 
     async def score(self, episode: Episode) -> None:

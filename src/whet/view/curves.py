@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -15,26 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from whet.errors import DataError
+from whet.view.style import COLOURS, STYLE
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.labelcolor": "#444444",
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-}
 _SMOOTH_FROM = 40
 
 
@@ -90,7 +71,7 @@ def draw_curves(
         raise DataError(f"{', '.join(map(str, files))}: no points to draw; none of the metrics {wanted} was logged")
     columns = 2 if len(drawn) in (2, 4) else min(len(drawn), 3)
     rows = math.ceil(len(drawn) / columns)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6 * columns, 3.2 * rows + (0.3 if title else 0)), layout="constrained")
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
@@ -158,4 +139,4 @@ def _draw(axes: Axes, panel: Panel, series: Sequence[_Series]) -> None:
 
 
 def _cycle(count: int) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
