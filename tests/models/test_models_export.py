@@ -1,6 +1,5 @@
 """What is saved loads elsewhere with the same logits."""
 
-import copy
 import json
 
 import pytest
@@ -9,6 +8,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from whet.checkpoints.state import load_optimizer, save_optimizer
 from whet.config.model import AdapterConfig, ModelConfig
 from whet.errors import CheckpointError
 from whet.models.export import save_model
@@ -155,16 +155,16 @@ def test_training_goes_on_from_what_was_saved_to_the_bit(tmp_path, tiny_qwen, op
         torch.manual_seed(seed)
         model, _ = loaded(tiny_qwen, adapter=AdapterConfig(rank=4, **(options | {"dropout": 0.0})))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return model, torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+        return model, torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1, fused=True)
 
     model, optimizer = begin(seed=0)
     step(model, optimizer)
     save_model(model, load_tokenizer(ModelConfig(path=str(tiny_qwen))), tmp_path)
-    state = copy.deepcopy(optimizer.state_dict())
+    save_optimizer(optimizer, tmp_path)
     step(model, optimizer)
     again, afresh = begin(seed=1)
     load_weights(again, tmp_path)
-    afresh.load_state_dict(state)
+    load_optimizer(afresh, tmp_path)
     step(again, afresh)
     expected, found = model.state_dict(), again.state_dict()
     assert expected.keys() == found.keys()

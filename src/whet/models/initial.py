@@ -25,6 +25,8 @@ class Anchored(nn.Module):
     def __init__(self, start: Tensor, *, dim: int, sign: float):
         super().__init__()
         self.dim = dim
+        # Singular vectors lie across memory; a fused optimizer's moments come back from disk laid out plainly.
+        start = start.contiguous()
         self.trained = nn.Parameter(start.clone())
         self.fixed: Tensor
         self.register_buffer("fixed", sign * start)
