@@ -12,6 +12,7 @@ from whet.config.plugin import validated_options
 from whet.credit import CREDITS, Credit
 from whet.errors import ConfigError
 from whet.losses import LOSSES, Loss
+from whet.losses.base import Output, needed
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,9 @@ class Term:
         return self.loss.reads if self.on == "all" else self.loss.reads | {"labels"}
 
     @property
-    def outputs(self) -> frozenset[str]:
+    def outputs(self) -> frozenset[Output]:
         """Model outputs that this term needs with its options."""
-        extra = [names for option, names in self.loss.outputs_if.items() if self.options.get(option)]
-        return self.loss.outputs.union(*extra)
+        return needed(self.loss, self.options)
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,9 @@ def check(method: Method) -> None:
 
 def _need(who: str, reads: frozenset[str], have: frozenset[str], method: Method) -> None:
     if missing := sorted(reads - have):
+        taught = any(column.startswith("teacher_") for column in missing)
+        stage = "set method to gkd and distill.teacher to a model" if taught else "add the stage that writes it"
         raise ConfigError(
             f"{who} reads {', '.join(missing)}, which nothing in method {method.name!r} writes before it "
-            f"(there is {', '.join(sorted(have)) or 'nothing'}); add the stage that writes it or choose another loss"
+            f"(there is {', '.join(sorted(have)) or 'nothing'}); {stage} or choose another loss"
         )

@@ -24,7 +24,7 @@ from whet.config.run import RunConfig
 from whet.errors import ConfigError
 from whet.keeper import Keeper
 from whet.losses import Loss
-from whet.methods import Term
+from whet.methods import Term, check
 from whet.models.load import check_model_folder, load_tokenizer
 from whet.recipe import method_of
 from whet.roles import Policy, load_policy
@@ -103,6 +103,7 @@ class SFTrainer:
             method = method_of(self.config)
             if loss is not None:
                 method = method.with_terms([Term("loss", loss, method.terms[0].weight)])
+                check(method)
             self._run = compose(self.config, method)
             self._run.loop.callbacks.append(lambda _: self._call_back())
             self.policy: Policy = self._run.policy

@@ -32,7 +32,7 @@ def test_create_loss_binds_options_and_asks_for_what_they_need(batch_of):
 
 
 @pytest.mark.parametrize(
-    ("kind", "per"), [("sft", "token"), ("pairwise", "pair"), ("policy", "token"), ("value", "token")]
+    ("kind", "per"), [("sft", "token"), ("pairwise", "pair"), ("policy", "token"), ("value", "token"), ("kd", "token")]
 )
 def test_create_loss_knows_kinds(kind: str, per: str):
     assert create_loss(kind).per == per
@@ -48,7 +48,7 @@ def test_create_loss_takes_names_too():
         ("sfT", {}, "unknown loss; choose one of"),
         ("sft", {"smoothing": 0.1}, r"unknown options \['smoothing'\]; sft has \['label_smoothing'\]"),
         ("dft", {"x": 1}, "dft has none"),
-        ("kd", {}, "needs the teacher's distribution"),
+        ("kd", {"alpha": 0.5}, r"unknown options \['alpha'\]; gkd has \['beta', 'temperature', 'hard'\]"),
     ],
 )
 def test_create_loss_says_what_is_wrong(kind: str, options: dict, message: str):

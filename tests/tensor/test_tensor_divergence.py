@@ -354,8 +354,9 @@ def test_logits_are_read_by_several_at_once(options: dict, temperature: float, m
         Tokens(targets, width=40, extras={"entropy", "correct"}),
         Divergence(ours.teacher_hidden, ours.teacher_head, beta=0.5, width=37, temperature=temperature),
     )
-    out = read_head(ours.hidden, ours.head, readers)
-    assert list(out) == ["logprobs", "entropy", "correct", "divergence"]
+    tokens, from_teacher = read_head(ours.hidden, ours.head, readers)
+    out = tokens | from_teacher
+    assert set(out) == {"logprobs", "entropy", "correct", "divergence"}
     logp = logits_of(right.hidden, right.head).log_softmax(-1)
     expected = {
         "logprobs": logp.gather(1, targets[:, None])[:, 0],
@@ -374,7 +375,8 @@ def test_of_several_readers_only_one_may_be_trained_on(name: str, monkeypatch: p
     rows_per_chunk(monkeypatch, 5)
     both, alone = (problem().to(torch.float32) for _ in range(2))
     teacher = Divergence(both.teacher_hidden, both.teacher_head, beta=0.5, width=37)
-    found = read_head(both.hidden, both.head, [Tokens(torch.arange(13), width=37), teacher])[name]
+    tokens, from_teacher = read_head(both.hidden, both.head, [Tokens(torch.arange(13), width=37), teacher])
+    found = (tokens | from_teacher)[name]
     if name == "logprobs":
         expected = token_logprobs(alone.hidden, alone.head, torch.arange(13))[name]
     else:
@@ -408,8 +410,8 @@ def test_logprobs_of_chosen_words_and_their_gradients(options, temperature, voca
 def test_chosen_words_beside_the_tokens_logprobs():
     p = problem().to(torch.float32)
     ids = torch.arange(13)[:, None] + torch.arange(3)
-    out = read_head(p.hidden, p.head, [Tokens(torch.arange(13), width=37), Words(ids, width=37)])
-    assert torch.allclose(out["topk_logprobs"][:, 0], out["logprobs"])
+    tokens, words = read_head(p.hidden, p.head, [Tokens(torch.arange(13), width=37), Words(ids, width=37)])
+    assert torch.allclose(words["topk_logprobs"][:, 0], tokens["logprobs"])
 
 
 @pytest.mark.parametrize("vocabulary", [None, 31])

@@ -10,7 +10,8 @@ from torch import Tensor
 from whet.tensor import logits
 from whet.tensor.logprobs import token_logprobs
 
-EXTRAS = frozenset({"entropy", "mean_logprobs", "correct"})
+EXTRAS = frozenset({"entropy", "mean_logprobs", "correct", "log_sum_sq_probs"})
+CONSTANTS = {"correct", "log_sum_sq_probs"}
 
 
 def problem(count: int = 13, vocabulary: int = 37, width: int = 8, *, bias: bool = False, size: float = 1.0, **options):
@@ -37,6 +38,7 @@ def exact(hidden: Tensor, head: Head, targets: Tensor, temperature: float = 1.0)
         "entropy": -(logp.exp() * logp).sum(-1),
         "mean_logprobs": logp.mean(-1),
         "correct": logp.argmax(-1) == targets,
+        "log_sum_sq_probs": (2 * logp).logsumexp(-1),
     }
 
 
@@ -56,7 +58,7 @@ def value_and_gradients(compute, hidden, head, targets, names, dtype) -> tuple[d
 
 
 def agree(hidden, head, targets, *, names=("logprobs", "entropy", "mean_logprobs"), tolerance=1e-5, **options) -> None:
-    extras = EXTRAS & {*names, "correct"}
+    extras = EXTRAS & {*names, *CONSTANTS}
     temperature = options.get("temperature", 1.0)
     found, grads = value_and_gradients(
         lambda *x: token_logprobs(*x, extras=extras, **options), hidden, head, targets, names, torch.float32
@@ -107,7 +109,7 @@ def test_very_large_logits_stay_finite_and_right(size: float):
     hidden, head, targets = problem(size=size)
     out = token_logprobs(hidden.requires_grad_(), head, targets, extras=EXTRAS)
     right = exact(hidden.double(), Head(head.weight.double()), targets)
-    for name in ("logprobs", "entropy", "mean_logprobs"):
+    for name in ("logprobs", "entropy", "mean_logprobs", "log_sum_sq_probs"):
         assert torch.allclose(out[name].double(), right[name], rtol=1e-6, atol=2e-7 * size), name
     (out["logprobs"].sum() + out["entropy"].sum()).backward()
     assert hidden.grad.isfinite().all()
@@ -127,6 +129,8 @@ def test_nothing_is_kept_when_nothing_needs_a_gradient():
     hidden, head, targets = problem()
     out = token_logprobs(hidden, head, targets, extras=EXTRAS)
     assert not any(value.requires_grad for value in out.values())
+    out = token_logprobs(hidden.requires_grad_(), head, targets, extras=EXTRAS)
+    assert {name for name, value in out.items() if not value.requires_grad} == CONSTANTS
 
 
 def test_a_second_backward_gives_the_same_gradient(monkeypatch: pytest.MonkeyPatch):

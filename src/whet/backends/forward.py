@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Set
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,13 +13,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from whet.annotate import Top
 from whet.batch import Batch
+from whet.losses.base import Output
+from whet.losses.distill import Divergence, TopK
 from whet.models.parts import base, decoder, head, score_head
 from whet.tensor.attention import attention
-from whet.tensor.logprobs import CHUNK_MB, EXTRAS, token_logprobs
+from whet.tensor.divergence import Divergence as DivergenceReader
+from whet.tensor.head import Reader, read_head
+from whet.tensor.logits import CHUNK_MB
+from whet.tensor.logprobs import EXTRAS, Tokens, Words, top_logprobs
 from whet.tensor.segments import Segments
 
 Mode = Literal["tree", "packed", "rows"]
+
+REQUESTS = (Divergence, TopK, Top)
 
 
 class Forward:
@@ -33,6 +42,21 @@ class Forward:
     ) -> None:
         self.model, self.mode, self.temperature, self.chunk_mb = model, mode, temperature, chunk_mb
         self.decoder = decoder(model)
+        self._vocabulary: int | None = None
+        self._teacher: weakref.ref[Forward] | None = None
+
+    def learn_from(self, teacher: Forward) -> None:
+        """From now on outputs that compare the two models are over the words that both heads have.
+
+        `Divergence` runs the teacher's head, which must then be there; for `TopK` its words are enough.
+        """
+        self._vocabulary = teacher._vocabulary = min(self._words, teacher._words)
+        self._teacher = weakref.ref(teacher)  # whoever holds the teacher may let go of it
+
+    @property
+    def _words(self) -> int:
+        """Words that a distribution held against another model's is over."""
+        return self._vocabulary or len(head(self.model).weight)
 
     @property
     def shares_prefixes(self) -> bool:
@@ -43,41 +67,78 @@ class Forward:
         """The context in which `__call__` runs: the model attends as `mode` needs."""
         return nullcontext() if self.mode == "rows" else attention(base(self.model))
 
-    def __call__(self, batch: Batch, outputs: Set[str]) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, outputs: Set[Output]) -> dict[Output, Tensor]:
         """`outputs` for this micro-batch: `scores` [N]; `hidden` [T, H], the state that predicts each trained token;
-        and of the head, [T] each. 0 where no token is trained, and without gradient if none is."""
+        and of the head, [T, ...] each, under what was asked for (of `Top`: `top_ids` and `top_logprobs`, without
+        gradient). 0 where no token is trained, and without gradient if none is."""
         known = EXTRAS | {"logprobs", "scores", "hidden"}
-        assert outputs <= known, f"a language model has no outputs {sorted(outputs - known)}"
+        unknown = [one for one in outputs if one not in known and not isinstance(one, REQUESTS)]
+        assert not unknown, f"a language model has no outputs {unknown}"
         trained = batch.loss_mask.nonzero()[:, 0]
         if not len(trained) and "scores" not in outputs:
-            return {name: self._nothing(name, batch) for name in outputs}
+            return self._nothing(batch, outputs)
         stream = (self._rows if self.mode == "rows" else self._tree)(batch)
-        result = {"scores": self._scores(batch, stream)} if "scores" in outputs else {}
+        result: dict[Output, Tensor] = {"scores": self._scores(batch, stream)} if "scores" in outputs else {}
         if wanted := outputs - {"scores"}:
             looks = _Looks.at(trained, stream, shared=len(stream.tokens) < batch.num_tokens)
-            values = self._values(stream, looks, wanted)
-            result |= {name: _to_rows(values[name], looks, trained, batch.num_tokens) for name in wanted}
+            values = self._values(batch, stream, looks, wanted)
+            result |= {name: _to_rows(value, looks, trained, batch.num_tokens) for name, value in values.items()}
         return result
 
-    def _values(self, stream: _Stream, looks: _Looks, outputs: Set[str]) -> dict[str, Tensor]:
-        """Outputs [K] at the looks."""
-        seen = stream.hidden[looks.predictors]
-        values = {"hidden": seen} if "hidden" in outputs else {}
-        if outputs - {"hidden"}:
-            values |= token_logprobs(
-                seen,
-                head(self.model),
-                looks.targets,
-                temperature=self.temperature,
-                extras=outputs & EXTRAS,
-                chunk_mb=self.chunk_mb,
+    def _values(self, batch: Batch, stream: _Stream, looks: _Looks, outputs: Set[Output]) -> dict[Output, Tensor]:
+        """Outputs [K, ...] at the looks."""
+        seen, own = stream.hidden[looks.predictors], head(self.model)
+        values: dict[Output, Tensor] = {"hidden": seen} if "hidden" in outputs else {}
+        for top in (one for one in outputs if isinstance(one, Top)):
+            k, words = min(top.k, self._words), self._words
+            values["top_ids"], values["top_logprobs"] = top_logprobs(
+                seen, own, k, temperature=top.temperature, vocabulary=words, chunk_mb=self.chunk_mb
             )
+        if readers := self._readers(batch, looks, outputs):
+            found = read_head(seen, own, list(readers.values()), chunk_mb=self.chunk_mb)
+            for asked, read in zip(readers, found, strict=True):
+                if asked is None:
+                    values |= {one: value for one, value in read.items() if one in outputs}
+                else:
+                    values[asked] = read[asked.name]
         return values
 
-    def _nothing(self, name: str, batch: Batch) -> Tensor:
-        """An output of a batch without trained tokens."""
-        shape = (batch.num_tokens, head(self.model).weight.shape[1]) if name == "hidden" else (batch.num_tokens,)
-        return torch.zeros(shape, device=batch.tokens.device)
+    def _readers(self, batch: Batch, looks: _Looks, outputs: Set[Output]) -> dict[Divergence | TopK | None, Reader]:
+        """What looks at the logits, by request; None stands for all that is about the tokens themselves."""
+        readers: dict[Divergence | TopK | None, Reader] = {}
+        extras = {name for name in EXTRAS if name in outputs}
+        if extras or "logprobs" in outputs:
+            width = len(head(self.model).weight)
+            readers[None] = Tokens(looks.targets, width=width, temperature=self.temperature, extras=extras)
+        for request in sorted(outputs - EXTRAS, key=repr):  # in an order that is the same in every process
+            if isinstance(request, Divergence):
+                readers[request] = self._divergence(request, batch["teacher_hidden"][looks.tokens])
+            elif isinstance(request, TopK):
+                ids = batch["teacher_topk_ids"][looks.tokens]
+                readers[request] = Words(ids, width=self._words, temperature=request.temperature)
+        return readers
+
+    def _divergence(self, request: Divergence, hidden: Tensor) -> DivergenceReader:
+        teacher = self._teacher and self._teacher()
+        assert teacher is not None, "there is no teacher to learn from"
+        return DivergenceReader(
+            hidden, head(teacher.model), beta=request.beta, width=self._words, temperature=request.temperature
+        )
+
+    def _nothing(self, batch: Batch, outputs: Set[Output]) -> dict[Output, Tensor]:
+        """Outputs of a batch without trained tokens."""
+        zeros = torch.zeros(batch.num_tokens, device=batch.tokens.device)
+        width = head(self.model).weight.shape[1]
+        found: dict[Output, Tensor] = {}
+        for one in outputs:
+            if isinstance(one, Top):
+                found["top_logprobs"] = zeros.new_zeros(batch.num_tokens, min(one.k, self._words))
+                found["top_ids"] = found["top_logprobs"].long()
+            elif isinstance(one, TopK):
+                found[one] = zeros.new_zeros(batch["teacher_topk_ids"].shape)
+            else:
+                found[one] = zeros.new_zeros(batch.num_tokens, width) if one == "hidden" else zeros
+        return found
 
     def _scores(self, batch: Batch, stream: _Stream) -> Tensor:
         """[N] the score head at the last token of each sequence, in float32 whatever the decoder computes in."""
@@ -125,24 +186,28 @@ class _Stream:
 @dataclass(frozen=True)
 class _Looks:
     """Where the head looks: K places of hidden states, the tokens they predict, and which look each of the M
-    trained tokens takes ([M], None when it is one each)."""
+    trained tokens takes ([M], None when it is one each). `tokens` [K] are places in the batch that take each look."""
 
     predictors: Tensor
     targets: Tensor
     inverse: Tensor | None
+    tokens: Tensor
 
     @classmethod
     def at(cls, trained: Tensor, stream: _Stream, *, shared: bool) -> _Looks:
         """Looks that predict these tokens [M] of the batch; rows that share a trained token share one look."""
-        places, inverse = stream.places[trained], None
+        places, inverse, tokens = stream.places[trained], None, trained
         if shared:
             places, inverse = torch.unique(places, return_inverse=True)
-        return cls(stream.predecessors[places], stream.tokens[places], inverse)
+            # The first of those that share a look: what a column says of them follows from their common prefix.
+            tokens = trained.max().expand(len(places)).scatter_reduce(0, inverse, trained, "amin")
+        return cls(stream.predecessors[places], stream.tokens[places], inverse, tokens)
 
 
 def _to_rows(values: Tensor, looks: _Looks, trained: Tensor, num_tokens: int) -> Tensor:
-    """[K, ...] -> [T, ...], 0 where no token is trained."""
-    values = values.float() if looks.inverse is None else values.float()[looks.inverse]
+    """[K, ...] -> [T, ...], 0 where no token is trained; float32, or integers."""
+    values = values if values.dtype == torch.int64 else values.float()
+    values = values if looks.inverse is None else values[looks.inverse]
     return values.new_zeros(num_tokens, *values.shape[1:]).index_copy(0, trained, values)
 
 

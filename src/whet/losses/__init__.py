@@ -6,7 +6,8 @@ import inspect
 from functools import partial
 from typing import Any
 
-from whet.losses.base import Loss, Metrics, Outputs, loss
+from whet.losses.base import Loss, Metrics, Outputs, loss, needed
+from whet.losses.distill import gkd, gkd_topk
 from whet.losses.policy import entropy_bonus, kl, ppo_clip, reinforce
 from whet.losses.preference import (
     apo_down,
@@ -61,20 +62,21 @@ LOSSES: dict[str, Loss] = {
     "kto": kto,
     "apo_zero_unpaired": apo_zero_unpaired,
     "bco": bco,
+    "gkd": gkd,
+    "gkd_topk": gkd_topk,
 }
 """Built-in losses by the name that a configuration uses."""
 
-_KINDS = {"pairwise": "bradley_terry", "policy": "ppo_clip"}
+_KINDS = {"pairwise": "bradley_terry", "policy": "ppo_clip", "kd": "gkd"}
 
 
 def create_loss(kind: str, **options) -> Loss:
-    """A loss with its options bound, by name or by kind (`sft`, `pairwise`, `policy`, `value`).
+    """A loss with its options bound, by name or by kind (`sft`, `pairwise`, `policy`, `value`, `kd`).
 
-    Call it as `loss(out, batch)`, or hand it to `SFTrainer(config, loss=…)`.
+    Call it as `loss(out, batch)`, or hand it to `SFTrainer(config, loss=…)`. The losses of distillation need a
+    teacher's columns in the batch; a trainer whose configuration names no teacher refuses them.
     Raises ValueError for an unknown name or option.
     """
-    if kind == "kd":
-        raise ValueError("create_loss('kd'): distillation needs the teacher's distribution, which sft runs do not have")
     name = _KINDS.get(kind, kind)
     if name not in LOSSES:
         raise ValueError(f"create_loss({kind!r}): unknown loss; choose one of {sorted({*LOSSES, *_KINDS})}")
@@ -85,6 +87,6 @@ def create_loss(kind: str, **options) -> Loss:
     bound: Any = partial(function, **options)
     for attribute in ("outputs_if", "reads", "per"):
         setattr(bound, attribute, getattr(function, attribute))
-    extra = [names for option, names in function.outputs_if.items() if options.get(option)]
-    bound.outputs = function.outputs.union(*extra)
+    bound.requests = lambda more: function.requests({**options, **more})
+    bound.outputs = needed(function, options)
     return bound

@@ -39,13 +39,14 @@ def token_divergence(
     """
     width = min(len(head.weight), len(teacher_head.weight))
     reader = Divergence(teacher_hidden, teacher_head, beta=beta, width=width, temperature=temperature)
-    return read_head(hidden, head, [reader], chunk_mb=chunk_mb)["divergence"]
+    return read_head(hidden, head, [reader], chunk_mb=chunk_mb)[0]["divergence"]
 
 
 class Divergence:
     """Reads the divergence from a teacher; see `token_divergence`."""
 
     names: tuple[str, ...] = ("divergence",)
+    constants: frozenset[str] = frozenset()
 
     def __init__(self, hidden: Tensor, head: HeadWeights, *, beta: float, width: int, temperature: float = 1.0):
         assert 0 <= beta <= 1 and temperature > 0, f"beta {beta}, temperature {temperature}"

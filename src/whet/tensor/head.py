@@ -28,11 +28,13 @@ class Reader(Protocol):
     width: int
     names: tuple[str, ...]
     """Of the outputs."""
+    constants: frozenset[str]
+    """Outputs that have no gradient."""
     extra_width: int
     """Numbers beside the logits that a row of a chunk takes."""
 
     def begin(self, logits: Logits) -> tuple[Tensor, ...]:
-        """Empty outputs [M, ...]; those of integers and booleans have no gradient."""
+        """Empty outputs [M, ...]."""
         ...
 
     def enter(self, span: slice) -> None:
@@ -61,17 +63,16 @@ class Reader(Protocol):
 
 def read_head(
     hidden: Tensor, head: HeadWeights, readers: Sequence[Reader], *, chunk_mb: int = CHUNK_MB
-) -> dict[str, Tensor]:
-    """What the readers read off the logits of `hidden` [M, H], by the names of their outputs, [M, ...] each.
+) -> list[dict[str, Tensor]]:
+    """What each reader reads off the logits of `hidden` [M, H], by the names of its outputs, [M, ...] each.
 
     The logits are formed once for all of them. Gradients flow to `hidden` and the head. About `chunk_mb` MiB are
     held for logits, whatever M is.
     """
     assert readers, "nobody looks at the logits"
     spec = HeadSpec.of(head, len(head.weight) + sum(r.extra_width for r in readers), chunk_mb)
-    values = _ChunkedHead.apply(hidden, head.weight, head.bias, spec, tuple(readers))
-    names = [name for reader in readers for name in reader.names]
-    return dict(zip(names, values, strict=True))
+    values = iter(_ChunkedHead.apply(hidden, head.weight, head.bias, spec, tuple(readers)))
+    return [{name: next(values) for name in reader.names} for reader in readers]
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -96,9 +97,13 @@ class _ChunkedHead(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias)
         ctx.spec, ctx.readers, ctx.kept = spec, readers, chunk if keep else None
         ctx.set_materialize_grads(False)
-        values = [x for out in outputs for x in out]
-        ctx.mark_non_differentiable(*(x for x in values if not x.is_floating_point()))
-        return tuple(values)
+        named = [
+            (name in reader.constants, value)
+            for reader, out in zip(readers, outputs, strict=True)
+            for name, value in zip(reader.names, out, strict=True)
+        ]
+        ctx.mark_non_differentiable(*(value for constant, value in named if constant))
+        return tuple(value for _, value in named)
 
     @staticmethod
     @once_differentiable

@@ -10,9 +10,11 @@ from torch import Tensor
 from whet.tensor.head import read_head
 from whet.tensor.logits import CHUNK_MB, Block, HeadSpec, HeadWeights, Logits
 
-EXTRAS = frozenset({"entropy", "mean_logprobs", "correct"})
+EXTRAS = frozenset({"entropy", "mean_logprobs", "correct", "log_sum_sq_probs"})
 """What can be had beside the logprobs: the entropy of the distribution, the mean logprob over the vocabulary
-(label smoothing), and whether the token was the likeliest."""
+(label smoothing), whether the token was the likeliest, and the logarithm of the sum of squared probabilities (WPO)."""
+CONSTANTS = frozenset({"correct", "log_sum_sq_probs"})
+"""Those without gradient."""
 
 
 def token_logprobs(
@@ -27,10 +29,10 @@ def token_logprobs(
     """Logprobs of `targets` [M] given `hidden` [M, H], under softmax(logits / temperature).
 
     Returns `logprobs` and those of `EXTRAS` that are asked for, [M] each: float32 in nats, `correct` bool.
-    Gradients flow through all but `correct`. About `chunk_mb` MiB are held for logits, whatever M is.
+    Gradients flow through all but `CONSTANTS`. About `chunk_mb` MiB are held for logits, whatever M is.
     """
     reader = Tokens(targets, width=len(head.weight), temperature=temperature, extras=extras)
-    return read_head(hidden, head, [reader], chunk_mb=chunk_mb)
+    return read_head(hidden, head, [reader], chunk_mb=chunk_mb)[0]
 
 
 def topk_logprobs(
@@ -47,7 +49,7 @@ def topk_logprobs(
     The softmax is over the first `vocabulary` words; None: all. Float32, in nats.
     """
     reader = Words(ids, width=vocabulary or len(head.weight), temperature=temperature)
-    return read_head(hidden, head, [reader], chunk_mb=chunk_mb)["topk_logprobs"]
+    return read_head(hidden, head, [reader], chunk_mb=chunk_mb)[0]["topk_logprobs"]
 
 
 @torch.no_grad()
@@ -80,6 +82,7 @@ def top_logprobs(
 class _Softmax:
     """What readers have in common whose gradient begins with the probabilities."""
 
+    constants: frozenset[str] = frozenset()
     extra_width = 0
 
     def __init__(self, width: int, temperature: float):
@@ -95,11 +98,13 @@ class _Softmax:
 class Tokens(_Softmax):
     """Reads the logprobs of `targets` [M], and `extras`; see `token_logprobs`."""
 
+    constants = CONSTANTS
+
     def __init__(self, targets: Tensor, *, width: int, temperature: float = 1.0, extras: Set[str] = frozenset()):
         assert extras <= EXTRAS, f"unknown outputs {sorted(extras - EXTRAS)}"
         super().__init__(width, temperature)
         self.targets = targets
-        self.names = ("logprobs", *(name for name in ("entropy", "mean_logprobs", "correct") if name in extras))
+        self.names = ("logprobs", *sorted(extras))
         self._entropy: Tensor | None = None
 
     def begin(self, logits: Logits) -> tuple[Tensor, ...]:
@@ -117,11 +122,14 @@ class Tokens(_Softmax):
             out["correct"][block.rows] = logp.argmax(-1) == targets
         if "mean_logprobs" in out:
             out["mean_logprobs"][block.rows] = logp.mean(-1)
-        if "entropy" in out or keep:
+        if keep or out.keys() & {"entropy", "log_sum_sq_probs"}:
             torch.exp(logp, out=space)
         if "entropy" in out:
             product = torch.mul(logp, space, out=block.space("product", self.width))
             out["entropy"][block.rows] = product.sum(-1).neg_()
+        if "log_sum_sq_probs" in out:
+            squares = torch.square(space, out=block.space("product", self.width))
+            out["log_sum_sq_probs"][block.rows] = squares.sum(-1).log_()
 
     def keeps_enough_for(self, grads: Sequence[Tensor | None]) -> bool:
         return self._named(grads).get("entropy") is None
