@@ -62,6 +62,8 @@ def test_four_bits_compute_what_their_sixteen_values_say(tiny_llama, options):
     original = logits(plain)
     for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
+            state = module.weight.quant_state
+            assert (state.quant_type, state.nested) == (options.get("type", "nf4"), options.get("double", True))
             weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             # Blocks of 64 share a scale, so that a block has at most 16 values.
             assert all(len(block.unique()) <= 16 for block in weight.flatten().view(-1, 64)[:8])
