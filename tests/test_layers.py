@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "whet"
 
 # A module or folder of src/whet imports only from those to its left, and from itself.
 ORDER = (
-    *("types", "columns", "errors", "tree", "batch", "tensor", "losses", "credit", "config"),
+    *("types", "columns", "errors", "tree", "batch", "tensor", "losses", "credit", "config", "migrate"),
     *("annotate", "methods", "tally", "models", "merge", "engines", "data", "rollout"),
     *("checkpoints", "backends", "scorer", "rewards", "envs", "weights", "cluster"),
     *("check", "view", "log", "schedule", "recipe", "loop", "evaluate", "roles", "precompute", "feeds", "keeper", "compose", "answer"),

@@ -34,6 +34,7 @@ whet sharpens language models after pre-training.
   whet eval CONFIG.yaml [--section.key value] evaluate a model on held-out data
   whet chat MODEL                             talk to a model
   whet merge ADAPTER OUTPUT                   add an adapter into plain weights
+  whet import TOOL FILE [-o OUT.yaml]         make a configuration of a file of trl, llamafactory or slime
 
 A configuration is a YAML file; every setting is also a flag, and flags win:
 
@@ -241,6 +242,33 @@ def _merge(arguments: list[str]) -> int:
     return 0
 
 
+def _import(arguments: list[str]) -> int:
+    from whet.migrate.run import TOOLS, import_file, write
+
+    parser = argparse.ArgumentParser(
+        "whet import",
+        description="Make a configuration of another tool's file: a YAML file or a script with the command (trl), a "
+        "YAML file (llamafactory), a launch script (slime). The file is read, never run. Ends with 2 where the result "
+        "still needs something filled in.",
+    )
+    parser.add_argument("tool", choices=TOOLS, help="whose file it is")
+    parser.add_argument("file", help="the file")
+    parser.add_argument("-o", "--output", metavar="OUT.yaml", help="where to write the configuration; default: shown")
+    parser.add_argument("--force", action="store_true", help="write over OUT.yaml")
+    parser.add_argument("--method", help="trl: the trainer, where the file does not tell")
+    parser.add_argument("--dataset_dir", metavar="FOLDER", help="llamafactory: the folder of dataset_info.json")
+    options = parser.parse_args(arguments)
+    if options.method and options.tool != "trl":
+        parser.error(f"--method is for trl; the file of {options.tool} says it")
+    if options.dataset_dir and options.tool != "llamafactory":
+        parser.error("--dataset_dir is for llamafactory")
+    imported = import_file(options.tool, options.file, method=options.method, dataset_dir=options.dataset_dir)
+    shown, told = write(imported, options.output, force=options.force)
+    print(shown, end="")
+    print(told, end="", file=sys.stderr)
+    return 2 if imported.missing else 0
+
+
 def _demo(arguments: list[str]) -> int:
     from whet.demo import main as demo
 
@@ -269,6 +297,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": _eval,
     "chat": _chat,
     "merge": _merge,
+    "import": _import,
     "demo": _demo,
 }
 

@@ -6,8 +6,9 @@ import inspect
 
 import pytest
 
-from whet.config.mixture import OPTIONS, expand
+from whet.config.mixture import OPTIONS, OWN, expand, strangers
 from whet.losses import LOSSES
+from whet.methods import METHODS
 
 
 def test_the_options_known_here_are_those_of_the_losses():
@@ -70,3 +71,15 @@ def test_what_cannot_be_mixed_is_told_and_left_as_it_is(values: dict, message: s
     problems = expand(values)
     assert len(problems) == 1 and message in problems[0]
     assert repr(values) == before
+
+
+def test_the_own_losses_known_here_are_those_of_the_methods():
+    assert {name: OWN[name] for name in METHODS} == {name: method.terms[0].name for name, method in METHODS.items()}
+
+
+def test_options_that_no_loss_has_are_strangers():
+    assert strangers({"use": "ipo", "beta": 0.1, "label_smoothing": 0.1, "coef": 1}, "dpo") == ["label_smoothing"]
+    assert strangers({"use": ["ipo", "sigmoid"], "label_smoothing": 0.1, "tau": 1}, "dpo") == ["tau"]
+    assert strangers({"use": ["ipo", "sft"], "label_smoothing": 0.1}, "dpo") == ["label_smoothing"]
+    assert strangers({"beta": 0.1, "gamma": 1.0}, "cpo") == ["gamma"]
+    assert strangers({"use": "mine:loss", "anything": 1}, "dpo") == []

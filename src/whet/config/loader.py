@@ -36,6 +36,16 @@ class Loaded:
     """Names that were accepted although they have no effect here, each with the reason."""
 
 
+@dataclass(frozen=True)
+class Inspected:
+    """What can be looked at of a configuration that may have faults, and all of these faults."""
+
+    config: RunConfig | None
+    """Without its wrong settings; None where too little is left. UNKNOWN stands where a required one is missing."""
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
 def load(method: str | None, path: str | None, overrides: Sequence[str], *, trains: bool = True) -> Loaded:
     """Read a YAML file, put flags on top, and check everything.
 
@@ -45,15 +55,29 @@ def load(method: str | None, path: str | None, overrides: Sequence[str], *, trai
     stands for its `use` or `path`, as in `--reward math`. Without `trains`, data to train on may be missing.
     Raises ConfigError that tells all violations at once, each with its source.
     """
+    return _build(method, *_read(path, overrides), trains)
+
+
+def inspect(method: str | None, path: str | None, overrides: Sequence[str]) -> Inspected:
+    """The same without refusing anything: for those who want to know what else is wrong.
+
+    Raises ConfigError for a file that cannot be read.
+    """
+    combined, _, rest = _combined(method, *_read(path, overrides), True)
+    return Inspected(rest, tuple(combined.problems), _notes(combined))
+
+
+def _read(path: str | None, overrides: Sequence[str]) -> tuple[list[Sequence[Written]], list[str]]:
+    """The layers of a configuration, and what is wrong with how they are written."""
     layers: list[Sequence[Written]] = []
     problems: list[str] = []
     if path is not None:
         in_file, wrong = read_yaml(path)
         layers.append(in_file)
         problems += wrong
-    flags, wrong = read_flags(overrides, _flag_type, _is_switch)
+    flags, wrong = read_flags(overrides, flag_type, _is_switch)
     layers.append(flags)
-    return _build(method, layers, problems + wrong, trains)
+    return layers, problems + wrong
 
 
 def from_values(
@@ -78,7 +102,7 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True, width=120)
 
 
-def _flag_type(path: Path) -> Any:
+def flag_type(path: Path) -> Any:
     """What a flag's text is read as: the type of its setting, anything where only a plugin can tell."""
     alias = alias_of(path) if find(path) is None and not is_open(path) else None
     if alias is not None and len(alias.targets) == 1:
@@ -94,29 +118,40 @@ def _is_switch(path: Path) -> bool:
         return setting.section is None and takes_bool(setting.field.annotation)
     if is_open(path):
         return True
-    alias, kind = alias_of(path), _flag_type(path)
+    alias, kind = alias_of(path), flag_type(path)
     return alias is None or alias.switch or (kind is not Any and takes_bool(kind))
 
 
 def _build(method: str | None, layers: Sequence[Sequence[Written]], problems: Sequence[str], trains: bool) -> Loaded:
+    combined, config, _ = _combined(method, layers, problems, trains)
+    refuse(combined.problems)
+    assert config is not None, "a failed validation has problems"
+    sources = {dotted(path): source for path, source in combined.sources.items()}
+    return Loaded(config, MappingProxyType(sources), _notes(combined))
+
+
+def _combined(
+    method: str | None, layers: Sequence[Sequence[Written]], problems: Sequence[str], trains: bool
+) -> tuple[Combined, RunConfig | None, RunConfig | None]:
+    """All layers as one, with everything that is wrong; the configuration, and what of it can be looked at."""
     combined = combine(layers, method or method_in(layers))
     combined.problems[:0] = problems
     combined.problems += expand(combined.values)
     if "terms" in combined.values and ("loss", "use") in combined.sources:
-        combined.sources.setdefault(("terms",), combined.sources[("loss", "use")])
+        for made in ("terms", "nll_coef"):
+            combined.sources.setdefault((made,), combined.sources[("loss", "use")])
     if method is not None:
         _set_method(method, combined)
     combined.values.setdefault("model", {})  # so that what is missing is the path, not the section
-    config = _checked(combined, trains)
-    refuse(combined.problems)
-    assert config is not None, "a failed validation has problems"
-    notes = tuple(
+    return combined, *_checked(combined, trains)
+
+
+def _notes(combined: Combined) -> tuple[str, ...]:
+    return tuple(
         f"{foreign.name} has no effect: {foreign.alias.note} (from {foreign.source})"
         for foreign in combined.foreign
         if foreign.alias.effect == "no effect"
     )
-    sources = {dotted(path): source for path, source in combined.sources.items()}
-    return Loaded(config, MappingProxyType(sources), notes)
 
 
 def method_in(layers: Sequence[Sequence[Written]]) -> str:
@@ -149,31 +184,39 @@ def _set_method(method: str, combined: Combined) -> None:
     combined.sources.setdefault(("method",), "the command")
 
 
-def _checked(combined: Combined, trains: bool) -> RunConfig | None:
-    """Validate the tree and apply the rules; what is wrong is added to `combined.problems`.
+def _checked(combined: Combined, trains: bool) -> tuple[RunConfig | None, RunConfig | None]:
+    """Validate the tree and apply the rules; what is wrong is added to `combined.problems`. See `diagnose`."""
+    config, rest, problems = diagnose(combined.values, trains=trains)
+    combined.problems += [_with_source(problem, combined) for problem in problems]
+    for foreign in combined.foreign:
+        check = foreign.alias.check
+        if rest is not None and check is not None and (against := check(rest, foreign.value)):
+            combined.problems.append(f"{foreign.name} is {show(foreign.value)} (from {foreign.source}), {against}")
+    return config, rest
+
+
+def diagnose(
+    values: Mapping[str, Any], *, trains: bool = True
+) -> tuple[RunConfig | None, RunConfig | None, list[Problem]]:
+    """The configuration of a tree of values, or None; what of it can be looked at; all that is wrong with it.
 
     Where some values are wrong, the rules are applied to the rest, so that all is told at once.
     """
     wrong: list[Problem] = []
     config = None
     try:
-        config = RunConfig.model_validate(combined.values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
-        wrong = problems_of(error, combined.values, RunConfig)
-    combined.problems += [_with_source(problem, combined) for problem in wrong]
-    rest = config if config is not None else _rest(combined.values, wrong)
+        wrong = problems_of(error, values, RunConfig)
+    rest = config if config is not None else _rest(values, wrong)
     if rest is None:
-        return None
+        return None, None, wrong
     untold = [
         problem
         for problem in violations(rest, trains=trains)
         if not any(_touch(problem.path, one.path) for one in wrong)
     ]
-    combined.problems += [_with_source(problem, combined) for problem in untold]
-    for foreign in combined.foreign:
-        if foreign.alias.check is not None and (against := foreign.alias.check(rest, foreign.value)):
-            combined.problems.append(f"{foreign.name} is {show(foreign.value)} (from {foreign.source}), {against}")
-    return config
+    return config, rest, [*wrong, *untold]
 
 
 def _rest(values: Mapping[str, Any], wrong: Sequence[Problem]) -> RunConfig | None:

@@ -38,12 +38,19 @@ OPTIONS: Mapping[str, frozenset[str]] = {
         "kto": _SIDES,
         "apo_zero_unpaired": _SIDES,
         "bco": _SIDES,
-        "gkd": {"beta", "temperature"},
+        "gkd": {"beta", "temperature", "hard"},
         "ppo_clip": {"clip_low", "clip_high", "dual_clip"},
         "reinforce": set(),
     }.items()
 }
 """The options of the losses that can be named, as their own parameters have them; here torch is not imported."""
+
+OWN: Mapping[str, str] = {
+    **{"sft": "sft", "reward": "bradley_terry", "dpo": "sigmoid", "apo": "apo_zero", "simpo": "simpo", "cpo": "cpo"},
+    **{"cpo-simpo": "simpo", "orpo": "orpo", "kto": "kto", "bco": "bco", "gkd": "gkd", "distill": "gkd"},
+    "grpo": "ppo_clip",
+}
+"""The loss that each method has of its own."""
 
 _OF_TERMS = {"use", "coef", "weight", "on"}
 NLL = ("sft", "nll")
@@ -80,6 +87,13 @@ def expand(values: dict[str, Any]) -> list[str]:
         values["nll_coef"] = sum(nll)
     del values["loss"]
     return []
+
+
+def strangers(loss: Mapping[str, Any], method: str) -> list[str]:
+    """The options under `loss` that none of its losses has; a loss of the user's own may have any."""
+    use = loss.get("use", OWN.get(method))
+    uses = [one for one in (use if isinstance(use, list) else [use]) if one not in NLL or not isinstance(use, list)]
+    return [name for name in loss if not any(_has(str(one), name) for one in uses)]
 
 
 def _problems(values: Mapping[str, Any], loss: Mapping[str, Any], uses: list[Any], coefs: list[Any]) -> list[str]:

@@ -69,12 +69,28 @@ def _spelt_out(value: object, setting: Setting | None) -> Any:
     return [{setting.shorthand: item} if isinstance(item, str) else item for item in value]
 
 
+@dataclass(frozen=True)
+class Document:
+    """A YAML file as it was written."""
+
+    values: Mapping[str, Any]
+    origin: Origin
+    problems: Sequence[str]
+    """What is wrong with its names."""
+
+
 def read_yaml(path: str) -> tuple[list[Written], list[str]]:
     """The settings of a YAML file with their lines, and what is wrong with its names.
 
     Raises ConfigError with the line where nothing can be read: a missing or empty file, broken syntax,
     anything that is not a mapping.
     """
+    document = read_document(path)
+    return list(settings_in(document.values, document.origin)), list(document.problems)
+
+
+def read_document(path: str) -> Document:
+    """The mapping in a YAML file. Raises ConfigError as `read_yaml` does."""
     try:
         text = FilePath(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -92,7 +108,7 @@ def read_yaml(path: str) -> tuple[list[Written], list[str]]:
         raise ConfigError(f"{place}: this is not valid YAML: {reason}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: this is not valid YAML: {error}") from error
-    return list(settings_in(values, Origin(path, reader.lines))), reader.problems
+    return Document(values, Origin(path, reader.lines), reader.problems)
 
 
 class _Reader:
@@ -193,12 +209,12 @@ def read_flags(
         if not has_value and not is_switch(path):
             problems.append(f"--{name} needs a value, as in --{name} VALUE")
             continue
-        value = _flag_value(text, annotation_of(path)) if has_value else True
+        value = flag_value(text, annotation_of(path)) if has_value else True
         written += settings_in(value, Origin(f"--{name}"), path=path)
     return written, problems
 
 
-def _flag_value(text: str, annotation: Any) -> Any:
+def flag_value(text: str, annotation: Any) -> Any:
     """A flag's text as a value of that type; where its YAML reading does not fit, the text as it stands.
 
     Prompts hold colons and braces, and names look like numbers: only what was meant as YAML is read so.

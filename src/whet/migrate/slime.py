@@ -1,0 +1,152 @@
+"""slime: a launch script, with its arrays of arguments and the `ray job submit … train.py …` that they go to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from whet.config.names import any_of
+from whet.config.written import flag_value
+from whet.errors import ConfigError
+from whet.migrate.draft import Draft, named
+from whet.migrate.shell import Script, Word, command_with, flags_of, read_script
+
+_TRAINERS = ("train.py", "train_async.py")
+_DEFAULTS: Mapping[str, Any] = {
+    "n_samples_per_prompt": 1,
+    "rollout_shuffle": False,
+    "input_key": "input",
+    "eps_clip": 0.2,
+}
+"""slime's defaults that the result of a run depends on, where ours are others."""
+_SFT = "sft_rollout"
+
+
+def read(path: str) -> Draft:
+    """A launch script as a draft. Nothing in it is run.
+
+    Raises ConfigError with file and line for what cannot be read, and where there are no arguments in it.
+    """
+    draft = Draft("slime", path)
+    script = read_script(path)
+    for name, words in _arguments(draft, script).items():
+        _add(draft, name, words)
+    for file in script.missing:
+        draft.remarks.append(f"{file} is not there, so it was not read; what it says of the model is not needed here")
+    if script.branches:
+        lines = ", ".join(map(str, script.branches))
+        draft.remarks.append(f"conditions and loops (line {lines}) are read as if every branch was gone through once")
+    _method(draft)
+    _weights(draft)
+    _memory(draft)
+    _penalty(draft)
+    _credit(draft)
+    return draft
+
+
+def _arguments(draft: Draft, script: Script) -> dict[str, list[Word]]:
+    """The flags of the training command; without one, those in all arrays."""
+    found = command_with(script, _TRAINERS)
+    if found is not None:
+        words, at = found
+        flags, _ = flags_of(words[at + 1 :])
+        return flags
+    flags, _ = flags_of([word for words in script.arrays.values() for word in words])
+    if not flags:
+        raise ConfigError(
+            f"{draft.file}: it has no command that runs train.py and no array of arguments; give the launch script"
+        )
+    draft.remarks.append(
+        "there is no command that runs train.py in the script; the flags in all of its arrays are taken"
+    )
+    return flags
+
+
+def _add(draft: Draft, name: str, words: list[Word]) -> None:
+    flag, values = words[0], words[1:]
+    if unknown := [part for word in values for part in word.unknown]:
+        draft.add(name, " ".join(word.text for word in values), flag.source)
+        draft.lose(name, f"the script does not say what {any_of(dict.fromkeys(unknown))} is; write the value yourself")
+        return
+    read = [flag_value(word.text, Any) for word in values]
+    draft.add(name, True if not read else read[0] if len(read) == 1 else read, flag.source)
+
+
+def _method(draft: Draft) -> None:
+    """Reinforcement learning, unless the script asks for slime's supervised loss."""
+    loss, rollout = draft.take("loss_type"), draft.value("rollout_function_path")
+    is_supervised = (loss is not None and loss.value == "sft_loss") or (isinstance(rollout, str) and _SFT in rollout)
+    if is_supervised:
+        source = loss.source if loss is not None else draft.names["rollout_function_path"].source
+        draft.method, draft.method_source = "sft", named("loss_type" if loss else "rollout_function_path", source)
+        draft.take("rollout_function_path")
+        draft.rename("rollout_batch_size", "train.batch_size")
+        draft.rename("input_key", "data.columns.messages")
+        draft.pass_over("global_batch_size", "train.batch_size rows make a step")
+        draft.pass_over("n_samples_per_prompt", "rows are read once per epoch")
+        for name in ("calculate_per_token_loss", "disable_compute_advantages_and_returns", "debug_train_only"):
+            draft.pass_over(name, "it is how sft trains")
+        draft.defaults["rollout_shuffle"] = False
+        return
+    draft.method, draft.method_source = "grpo", "slime's method"
+    draft.defaults |= _DEFAULTS
+    if draft.value("custom_rm_path"):
+        draft.pass_over("rm_type", "custom_rm_path takes its place")
+        draft.remarks.append(
+            "the function of custom_rm_path is called with an episode here, not with (args, sample): rewrite it as "
+            "async (episode) -> float, with episode.response and episode.prompt.label"
+        )
+    _steps(draft)
+
+
+def _steps(draft: Draft) -> None:
+    """slime derives the optimizer steps of a rollout from the samples of one step, or the other way round."""
+    written = draft.take("global_batch_size")
+    if written is None or "num_steps_per_rollout" in draft.names:
+        return
+    samples = draft.number("rollout_batch_size", 32) * draft.number("n_samples_per_prompt", 1)
+    if isinstance(written.value, bool) or not isinstance(written.value, int) or written.value < 1:
+        raise ConfigError(f"{written.source}: global_batch_size is {written.value!r}, expected a whole number")
+    if samples % written.value:
+        draft.remarks.append(
+            f"global_batch_size {written.value} ({written.source}) does not divide the {samples} samples of a rollout; "
+            "set rollout.optimizer_steps"
+        )
+        return
+    draft.set("rollout.optimizer_steps", samples // written.value, named("global_batch_size", written.source))
+
+
+def _weights(draft: Draft) -> None:
+    """Megatron's copies of the weights are not needed: the model is read as transformers has it."""
+    model = draft.value("hf_checkpoint")
+    if isinstance(model, str) and str(draft.value("ref_load", "")).startswith(model.rstrip("/")):
+        draft.pass_over("ref_load", "it is the model at model.path in Megatron's form, which is the reference anyway")
+    if draft.value("load") is not None and draft.value("load") == draft.value("save"):
+        draft.pass_over("load", "a run goes on from the newest checkpoint in output_dir by itself (checkpoint.resume)")
+    draft.pass_over("model_name", "the architecture is read from the model's own config.json")
+
+
+def _memory(draft: Draft) -> None:
+    written = draft.take("recompute_granularity")
+    if written is not None:
+        draft.set("backend.activation_checkpointing", True, named("recompute_granularity", written.source))
+    for name in ("recompute_method", "recompute_num_layers"):
+        draft.pass_over(name, "whole layers are computed again (backend.activation_checkpointing)")
+
+
+def _penalty(draft: Draft) -> None:
+    if not draft.value("use_kl_loss"):
+        draft.take("use_kl_loss")
+        for name in ("kl_loss_coef", "kl_loss_type"):
+            draft.pass_over(name, "slime reads it only with use_kl_loss")
+    elif draft.value("kl_loss_coef", 0) and "kl_loss_type" not in draft.names:
+        draft.remarks.append(
+            "slime's kl_loss_type is k1 by default, which has no useful gradient; here it is k3 (kl.type)"
+        )
+
+
+def _credit(draft: Draft) -> None:
+    written = draft.take("disable_grpo_std_normalization")
+    if written is not None and draft.value("advantage_estimator", "grpo") == "grpo":
+        draft.take("advantage_estimator")
+        draft.set("credit.use", "grpo_no_std", named("disable_grpo_std_normalization", written.source))
