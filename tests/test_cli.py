@@ -37,12 +37,13 @@ GRPO = {"reward": "exact", "rollout__prompts_per_step": 2, "rollout__group_size"
 def test_help_names_every_command_and_says_how_to_begin(capsys, arguments: list[str]):
     assert cli.main(arguments) == 0
     out, err = capsys.readouterr()
-    assert all(f"whet {command}" in out for command in cli.COMMANDS)
+    assert all(f"whet {command}" in out for command in cli.COMMANDS.keys() - set(cli.METHODS))
+    assert "whet METHOD" in out and set(cli.METHODS) <= set(out.split())
     assert "data: {train: rows.jsonl}" in out and "docs/configuration.md" in out
     assert err == ""
 
 
-@pytest.mark.parametrize("command", ["sft", "grpo", "eval", "chat", "merge", "demo"])
+@pytest.mark.parametrize("command", ["sft", "grpo", "eval", "chat", "merge", "import", "demo"])
 def test_every_command_explains_itself(capsys, command: str):
     assert cli.main([command, "--help"]) == 0
     out, err = capsys.readouterr()

@@ -39,6 +39,7 @@ OPTIONS: Mapping[str, frozenset[str]] = {
         "apo_zero_unpaired": _SIDES,
         "bco": _SIDES,
         "gkd": {"beta", "temperature", "hard"},
+        "gkd_topk": {"beta", "temperature", "hard"},
         "ppo_clip": {"clip_low", "clip_high", "dual_clip"},
         "reinforce": set(),
     }.items()
