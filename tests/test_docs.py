@@ -3,8 +3,8 @@
 The blocks of one file run from top to bottom in one namespace and one empty folder. That folder holds
 `train.jsonl` and `eval.jsonl` (questions with answers), `prompts.jsonl` and `held_out.jsonl` (with labels), all of
 them also in `data/`, and, under each name of MODELS, a tiny model in the place of the one that the documentation
-names. A block whose first line is a comment naming a file (`# my_rewards.py`, `# sft.yaml`) is saved there under
-that name as well. `<!-- no-run: why -->` above a block leaves it out.
+names; a tiny reward model is `runs/reward`. A block whose first line is a comment naming a file (`# my_rewards.py`,
+`# sft.yaml`) is saved there under that name as well. `<!-- no-run: why -->` above a block leaves it out.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pytest
 import torch
 import yaml
 
+from reward_models import make_reward_model
 from whet.config.loader import from_values, load
 from whet.config.run import RunConfig
 from whet.envs.registry import build_env
@@ -93,7 +94,7 @@ def settings_of(code: str) -> dict:
     if not isinstance(settings.get("model"), str):
         settings["model"] = {"path": MODELS[0]} | settings.get("model", {})
     settings["data"] = {"train": "train.jsonl"} | settings.get("data", {})
-    if settings.get("method") == "grpo":
+    if settings.get("method") in ("grpo", "sample"):
         settings.setdefault("reward", "exact")
     return settings
 
@@ -102,19 +103,27 @@ def commands_of(page: Path) -> list[list[str]]:
     """The commands of whet that take a configuration, as words: `["sft", "sft.yaml", "--optim.lr", "2e-5"]`."""
     lines = "\n".join(block.code for block in blocks_to_run(page, "bash")).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("whet ")]
-    return [words[1:] for words in commands if words[1] in ("sft", "grpo", "eval") and "--help" not in words]
+    commands = [words[1:] for words in commands if words[1] in ("sft", "grpo", "sample", "eval")]
+    long = {"--then": "--sample.then"}
+    return [[long.get(word, word) for word in words] for words in commands if "--help" not in words]
 
 
 def check(config: RunConfig) -> None:
     """Raise ConfigError, a ValueError, where losses, credit, rewards or environment do not fit the settings."""
-    method_of(config)
+    if config.method != "sample":
+        method_of(config)
     build_env(config.env)
     if config.reward:
         build_scorer(config.reward)
 
 
+@pytest.fixture(scope="session")
+def tiny_reward(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_reward_model(tiny_qwen, tmp_path_factory.mktemp("tiny") / "reward")
+
+
 @pytest.fixture
-def reader(tmp_path: Path, tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def reader(tmp_path: Path, tiny_qwen: Path, tiny_reward: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder that a reader of the documentation sits in."""
     rows = [{"prompt": f"What is {a} + {b}?", "response": str(a + b)} for a in range(6) for b in range(6)]
     prompts = [{"prompt": row["prompt"], "label": row["response"]} for row in rows]
@@ -126,6 +135,8 @@ def reader(tmp_path: Path, tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name in MODELS:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(tiny_qwen)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "reward").symlink_to(tiny_reward)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from whet.compose import compose
 from whet.config.loader import load
 from whet.log import METRICS_FILE
+from whet.sample.run import compose_sampling
 from whet.types import Episode, Prompt
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -44,7 +45,7 @@ SOLUTIONS = [
 def folder(tmp_path: Path, tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the examples, with a tiny model under each name that they use and a few solutions as GSM8K."""
     shutil.copytree(EXAMPLES, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("runs", "cache"))
-    for name in ("Qwen/Qwen3-0.6B", "tiny", "runs/expressions-sft"):
+    for name in ("Qwen/Qwen3-0.6B", "tiny", "runs/expressions-sft", "runs/gsm8k-sft"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(tiny_qwen)
     rows = [{"question": f"{question} {i}?", "answer": answer} for i in range(4) for question, answer in SOLUTIONS]
@@ -55,7 +56,8 @@ def folder(tmp_path: Path, tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> 
     precision = torch.get_float32_matmul_precision()
     yield tmp_path
     torch.set_float32_matmul_precision(precision)
-    sys.modules.pop("own_reward", None)
+    for name in ("own_reward", "gsm8k_reward"):
+        sys.modules.pop(name, None)
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -77,7 +79,11 @@ def expressions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.yaml")))
+SAMPLES = ("gsm8k-sample.yaml",)
+TRAINS = sorted({path.name for path in EXAMPLES.glob("*.yaml")} - {*SAMPLES})
+
+
+@pytest.mark.parametrize("name", TRAINS)
 async def test_configuration_trains_and_leaves_a_model(name: str, expressions: Path):
     method = yaml.safe_load((expressions / name).read_text(encoding="utf-8")).get("method", "sft")
     config = load(method, name, [*SHORT, *SHORTER[method], "--output_dir", "runs/tried"]).config
@@ -88,6 +94,25 @@ async def test_configuration_trains_and_leaves_a_model(name: str, expressions: P
     assert {row["step"] for row in read_rows(Path("runs/tried") / METRICS_FILE)} >= {1, 2}
     adapter = config.model.adapter is not None
     assert (expressions / "runs/tried" / ("adapter_model.safetensors" if adapter else "model.safetensors")).is_file()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+async def test_configuration_samples_and_leaves_rows(name: str, folder: Path):
+    short = ["--rollout.max_tokens", "4", "--sample.keep_truncated", "true", "--log.progress", "false"]
+    report = await compose_sampling(load("sample", name, [*short, "--output_dir", "runs/tried"]).config).sample()
+    rows = read_rows("runs/tried/rows.jsonl")
+    assert report is not None and report["rows"] == len(rows) > report["prompts"]
+
+
+def test_reward_of_gsm8k_asks_for_the_number_behind_the_mark(folder: Path):
+    final = runpy.run_path("gsm8k_reward.py")["final"]
+
+    def reward(response: str) -> float:
+        return final(Episode(Prompt("p", [1], "?", "5+5 = 10\n#### 1,010"), "g", 0, response=response))["score"]
+
+    assert reward("so\n#### 1010") == 1.0
+    assert reward("#### 1,010 at first, then #### 7") == 0.1
+    assert reward("it is 1010") == 0.0
 
 
 def test_expressions_are_those_that_can_be_verified(expressions: Path, capsys: pytest.CaptureFixture):

@@ -20,7 +20,6 @@ from whet.config.rules import violations
 from whet.config.run import RunConfig
 from whet.config.written import Origin, Written, read_flags, read_yaml, settings_in
 
-
 UNKNOWN = "?"
 """Stands in for a setting that is required and missing, where the others are looked at nevertheless."""
 

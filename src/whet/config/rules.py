@@ -90,7 +90,7 @@ def _method(config: RunConfig) -> Iterator[Problem]:
 
 def _trains(config: RunConfig) -> Iterator[Problem]:
     if config.data.train is None or config.data.train == []:
-        wanted = "prompts to sample from" if config.method in SAMPLES else "to train on"
+        wanted = "of prompts to sample from" if config.method in SAMPLES else "to train on"
         yield _problem("data.train", f"data.train is missing: {config.method} needs a file {wanted}")
 
 
