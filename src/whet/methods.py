@@ -109,20 +109,20 @@ def _preference(name: str, task: Task, loss: str, nll_coef: float = 0.0) -> Meth
     return Method(name, task, (_term(loss, "row" if task == "unpaired" else "pair"), *nll))
 
 
-_MAKERS = (
-    lambda: Method("sft", "sft", (_term("sft", "token"),)),
-    lambda: Method("reward", "reward", (_term("bradley_terry", "pair"),), scores=True),
-    lambda: _preference("dpo", "preference", "sigmoid"),
-    lambda: _preference("apo", "preference", "apo_zero"),
-    lambda: _preference("simpo", "preference", "simpo"),
-    lambda: _preference("cpo", "preference", "cpo", nll_coef=1.0),
-    lambda: _preference("cpo-simpo", "preference", "simpo", nll_coef=1.0),
-    lambda: _preference("orpo", "preference", "orpo", nll_coef=1.0),
-    lambda: _preference("kto", "unpaired", "kto"),
-    lambda: _preference("bco", "unpaired", "bco"),
-    lambda: Method("gkd", "sft", (_term("gkd", "token"),)),
-    lambda: Method("distill", "sft", (_term("gkd", "token", beta=0.0),)),
-    lambda: Method(
+_ALL = (
+    Method("sft", "sft", (_term("sft", "token"),)),
+    Method("reward", "reward", (_term("bradley_terry", "pair"),), scores=True),
+    _preference("dpo", "preference", "sigmoid"),
+    _preference("apo", "preference", "apo_zero"),
+    _preference("simpo", "preference", "simpo"),
+    _preference("cpo", "preference", "cpo", nll_coef=1.0),
+    _preference("cpo-simpo", "preference", "simpo", nll_coef=1.0),
+    _preference("orpo", "preference", "orpo", nll_coef=1.0),
+    _preference("kto", "unpaired", "kto"),
+    _preference("bco", "unpaired", "bco"),
+    Method("gkd", "sft", (_term("gkd", "token"),)),
+    Method("distill", "sft", (_term("gkd", "token", beta=0.0),)),
+    Method(
         "grpo",
         "prompts",
         credit=(CreditStage("grpo", CREDITS["grpo"]),),
@@ -131,15 +131,7 @@ _MAKERS = (
 )
 
 
-def _all():
-    for make in _MAKERS:
-        try:
-            yield make()
-        except KeyError:
-            continue
-
-
-METHODS: dict[str, Method] = {method.name: method for method in _all()}
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 """Built-in methods by name; a configuration may change terms, credit and annotations."""
 
 REFERENCE = Annotate("reference", "logprobs", "ref_logprobs")
