@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from whet.annotate import Annotate, AotPartners, KLBaseline, RewardMean, mismatch
+from whet.annotate import Annotate, AotPartners, KLBaseline, RewardMean, mismatched
 from whet.batch import Batch, collate
 from whet.types import Sample, Unit
 
@@ -30,19 +30,17 @@ class Says:
 
 def test_mismatched_rows_are_prompts_with_the_completion_of_another_row():
     batch = collate([row("a", [1, 2], [3]), row("b", [4], [5, 6]), row("c", [7, 8, 9], [10, 11, 12])])
-    other = mismatch(batch)
-    rows = torch.tensor_split(other.tokens, other.cu_seqlens[1:-1].tolist())
-    assert [r.tolist() for r in rows] == [[1, 2, 10, 11, 12], [4, 3], [7, 8, 9, 5, 6]]
-    masks = torch.tensor_split(other.loss_mask, other.cu_seqlens[1:-1].tolist())
-    assert [m.tolist().count(True) for m in masks] == [3, 1, 2]
+    samples = mismatched(batch)
+    assert [list(one.tokens) for one in samples] == [[1, 2, 10, 11, 12], [4, 3], [7, 8, 9, 5, 6]]
+    assert [list(one.loss_mask) for one in samples] == [[0, 0, 1, 1, 1], [0, 1], [0, 0, 0, 1, 1]]
 
 
 def test_no_completion_stays_with_its_prompt_in_batches_of_any_size():
     for size in (2, 3, 5, 8):
         batch = collate([row(str(i), [100 + i], [i]) for i in range(size)])
-        tokens = mismatch(batch).tokens.view(size, 2)
-        assert sorted(tokens[:, 1].tolist()) == list(range(size))
-        assert all(answer != prompt - 100 for prompt, answer in tokens.tolist())
+        rows = [tuple(one.tokens) for one in mismatched(batch)]
+        assert sorted(answer for _, answer in rows) == list(range(size))
+        assert all(answer != prompt - 100 for prompt, answer in rows)
 
 
 def test_the_baseline_is_the_mean_log_ratio_of_mismatched_rows_over_the_whole_batch():
@@ -50,6 +48,29 @@ def test_the_baseline_is_the_mean_log_ratio_of_mismatched_rows_over_the_whole_ba
     # Completions sum to 5, 5 and 7; the policy says 0.2 of that, the reference 0.1: mean 0.1 * 17 / 3.
     batch = KLBaseline()(batch, {"policy": Says(0.2), "reference": Says(0.1)}, {})
     assert batch["kl_baseline"].tolist() == pytest.approx([1.7 / 3] * 3)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_the_reference_reads_each_prompt_once_for_both_of_its_completions(shares):
+    prompts = [list(range(10, 30)), list(range(30, 60))]
+    batch = collate([row("a", prompts[0], [1, 2]), row("b", prompts[1], [3])])
+    policy, reference = Says(0.2), Says(0.1)
+    reference.shares_prefixes = shares
+    said = KLBaseline()(batch, {"policy": policy, "reference": reference}, {})
+    assert said["ref_logprobs"].tolist() == (torch.where(batch.loss_mask, batch.tokens * 0.1, 0)).tolist()
+    assert said["kl_baseline"].tolist() == pytest.approx([0.1 * 6 / 2] * 2)
+    (both,) = reference.seen
+    assert both.num_tokens == 2 * (20 + 30) + 2 * (2 + 1)
+    assert both.tree.num_tokens == (20 + 30 + 2 * (2 + 1) if shares else both.num_tokens)
+
+
+def test_a_reference_that_was_run_before_reads_the_other_completions_alone():
+    batch = collate([row("a", [1], [2, 3]), row("b", [4], [5])]).with_columns(ref_logprobs=torch.full((5,), 7.0))
+    reference = Says(0.1)
+    said = KLBaseline()(batch, {"policy": Says(0.2), "reference": reference}, {})
+    assert said["kl_baseline"].tolist() == pytest.approx([0.5] * 2)
+    assert said["ref_logprobs"].tolist() == [7.0] * 5
+    assert [one.num_tokens for one in reference.seen] == [5]
 
 
 def test_the_baseline_is_never_below_zero():

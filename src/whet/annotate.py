@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Set
+from collections.abc import Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -92,7 +93,9 @@ class KLBaseline:
     """Writes `kl_baseline`: max(0, mean over the global batch of L - L_ref of completions under other prompts).
 
     Prompts and completions are matched anew by a derangement: completion i goes with the next prompt in the batch.
-    With a single row there is no other prompt, and the baseline is 0. Source: KTO, arXiv:2402.01306, section 4.1.
+    With a single row there is no other prompt, and the baseline is 0. Where the reference has not been run on the
+    batch before, it is now, on both completions of each prompt together, and `ref_logprobs` is written as well.
+    Source: KTO, arXiv:2402.01306, section 4.1.
     """
 
     roles: frozenset[str] = frozenset({"policy", "reference"})
@@ -101,31 +104,47 @@ class KLBaseline:
     def __call__(self, batch: Batch, models: Mapping[str, Model], running: Running) -> Batch:
         baseline = torch.zeros(())
         if batch.num_sequences > 1:
-            mismatched = mismatch(batch)
-            sums = [
-                mismatched.sum_tokens(models[role].forward(mismatched, {"logprobs"})["logprobs"])
-                for role in ("policy", "reference")
-            ]
-            baseline = (sums[0] - sums[1]).mean().clamp(min=0)
+            own, other = _samples(batch), mismatched(batch)
+            elsewhere = collate([Unit(f"mismatched/{i}", (sample,)) for i, sample in enumerate(other)])
+            policy = models["policy"].forward(elsewhere, {"logprobs"})["logprobs"]
+            if "ref_logprobs" in batch:
+                reference = models["reference"].forward(elsewhere, {"logprobs"})["logprobs"]
+            else:
+                logprobs, reference = _side_by_side(own, other, models["reference"])
+                batch = batch.with_columns(ref_logprobs=logprobs.to(batch.tokens.device))
+            baseline = elsewhere.sum_tokens(policy - reference).mean().clamp(min=0)
         return batch.with_columns(kl_baseline=baseline.to(batch.tokens.device).repeat(batch.num_sequences))
 
 
-def mismatch(batch: Batch) -> Batch:
+def _side_by_side(own: Sequence[Sample], other: Sequence[Sample], model: Model) -> tuple[Tensor, Tensor]:
+    """Logprobs [T] of the samples of both lists; where the model can, the prompt that two of them share runs once."""
+    units = [Unit(f"both/{i}", pair) for i, pair in enumerate(zip(own, other, strict=True))]
+    both = collate(units, share_prefixes=getattr(model, "shares_prefixes", True))
+    logprobs = model.forward(both, {"logprobs"})["logprobs"]
+    first = both.sequence_ids % 2 == 0
+    return logprobs[first], logprobs[~first]
+
+
+def mismatched(batch: Batch) -> list[Sample]:
     """Each prompt of the batch with the completion of the sequence before it (the first with the last one's).
 
     A prompt is what stands before the first trained token; a completion is the rest, with its mask.
     """
     assert batch.num_sequences > 1, "a single row has no other to be mismatched with"
-    rows = torch.tensor_split(batch.tokens, batch.cu_seqlens[1:-1].tolist())
-    masks = torch.tensor_split(batch.loss_mask, batch.cu_seqlens[1:-1].tolist())
-    begins = [int(mask.int().argmax()) if mask.any() else len(mask) for mask in masks]
-    units = []
+    rows = _samples(batch)
+    begins = [row.loss_mask.index(True) if True in row.loss_mask else len(row.tokens) for row in rows]
+    samples = []
     for i, (row, begin) in enumerate(zip(rows, begins, strict=True)):
-        other = i - 1
-        tokens = torch.cat([row[:begin], rows[other][begins[other] :]])
-        mask = torch.cat([torch.zeros(begin, dtype=torch.bool), masks[other][begins[other] :].cpu()])
-        units.append(Unit(f"mismatched/{i}", (Sample(tokens.cpu().numpy(), mask.numpy()),)))
-    return collate(units)
+        other, at = rows[i - 1], begins[i - 1]
+        mask = [False] * begin + [*other.loss_mask[at:]]
+        samples.append(Sample([*row.tokens[:begin], *other.tokens[at:]], mask))
+    return samples
+
+
+def _samples(batch: Batch) -> list[Sample]:
+    """The sequences of a batch without their columns."""
+    tokens, mask = batch.tokens.tolist(), batch.loss_mask.tolist()
+    return [Sample(tokens[a:b], mask[a:b]) for a, b in pairwise(batch.cu_seqlens.tolist())]
 
 
 @dataclass(frozen=True)
