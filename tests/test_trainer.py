@@ -293,6 +293,12 @@ def test_what_is_wrong_is_said_when_the_configuration_is_made():
         trainer.predict(["a"], temperatur=1.0)
 
 
+def test_distillation_without_a_teacher_is_refused_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr("whet.roles.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ConfigError, match=r"reads teacher_hidden.* set method to gkd and distill\.teacher to a model"):
+        SFTrainer(TrainingConfig(**files()), loss=create_loss("kd", beta=0.1))
+
+
 def test_a_loss_of_ones_own_takes_the_place_of_the_method():
     smooth = SFTrainer(TrainingConfig(**files(output_dir="s", max_steps=1)), loss=create_loss("sft", label_smoothing=1))
     smooth.train()
