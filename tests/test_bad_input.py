@@ -79,7 +79,7 @@ def refused(capsys, monkeypatch) -> Callable[..., str]:
         capsys.readouterr()
         with monkeypatch.context() as patched:
             if not loads:
-                patched.setattr("whet.compose.load_model", lambda *_: pytest.fail("a model was loaded"))
+                patched.setattr("whet.roles.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
             assert cli.main(case.arguments) == 2
         said = [line for line in capsys.readouterr().err.splitlines() if "it/s]" not in line and "?it/s" not in line]
         text = "\n".join(said)

@@ -18,7 +18,8 @@ ORDER = (
     *("types", "columns", "errors", "tree", "batch", "tensor", "losses", "credit", "config", "migrate"),
     *("annotate", "methods", "tally", "models", "merge", "engines", "data", "rollout"),
     *("checkpoints", "backends", "scorer", "rewards", "envs", "weights", "cluster"),
-    *("check", "view", "log", "schedule", "recipe", "loop", "evaluate", "roles", "precompute", "feeds", "keeper", "compose", "answer"),
+    *("view", "log", "schedule", "recipe", "loop", "evaluate", "roles", "precompute", "feeds", "keeper"),
+    *("check", "compose", "answer"),
     *("sample", "chat", "trainer", "demo", "cli", "__main__"),
 )
 

@@ -34,6 +34,7 @@ whet sharpens language models after pre-training.
   whet eval CONFIG.yaml [--section.key value] evaluate a model on held-out data
   whet chat MODEL                             talk to a model
   whet merge ADAPTER OUTPUT                   add an adapter into plain weights
+  whet check CONFIG.yaml [--section.key value] find what is wrong with a run, and what it takes, before it begins
   whet import TOOL FILE [-o OUT.yaml]         make a configuration of a file of trl, llamafactory or slime
 
 A configuration is a YAML file; every setting is also a flag, and flags win:
@@ -61,6 +62,18 @@ Answers every prompt of data.train rollout.group_size times, scores the answers 
 what sample.select says (best, pairs, labels, all) to output_dir/rows.jsonl, with report.json and
 scores.png beside it. The same command goes on where it was stopped or killed. With --then, TRAIN.yaml
 is run on the rows.
+"""
+
+
+CHECK_HELP = """\
+whet check CONFIG.yaml [--section.key value …] [--rows N]
+
+Everything that can be known before training, in one pass: settings that are wrong or do not go together, every row of
+the data, the chat template and what of it is trained (the first N rows of each part are shown, 2 when not given), the
+models' folders and vocabularies, and the memory that the run will take. Loads no weights.
+
+Ends with 0 if training may begin, warnings or not, and with 2 if there is an error. The same is checked at the start of
+every training command.
 """
 
 
@@ -242,6 +255,26 @@ def _merge(arguments: list[str]) -> int:
     return 0
 
 
+def _check(arguments: list[str]) -> int:
+    if _asks_help(arguments):
+        print(CHECK_HELP, end="")
+        return 0
+    rows, arguments = _rows_to_show(arguments)
+    path = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    from whet.check.command import check
+    from whet.log import console
+
+    return 0 if check(path, arguments, console(), rows=rows) else 2
+
+
+def _rows_to_show(arguments: list[str]) -> tuple[int, list[str]]:
+    """The value of --rows, and the arguments without it."""
+    parser = argparse.ArgumentParser("whet check", add_help=False, allow_abbrev=False)
+    parser.add_argument("--rows", type=int, default=2)
+    options, rest = parser.parse_known_args(arguments)
+    return options.rows, rest
+
+
 def _import(arguments: list[str]) -> int:
     from whet.migrate.run import TOOLS, import_file, write
 
@@ -297,6 +330,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": _eval,
     "chat": _chat,
     "merge": _merge,
+    "check": _check,
     "import": _import,
     "demo": _demo,
 }

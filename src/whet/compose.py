@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from transformers import PreTrainedTokenizerBase
 
+from whet.check.examine import examine
 from whet.checkpoints.disk import writing
-from whet.checkpoints.folder import RUN_FILE, check_folder, claimed
+from whet.checkpoints.folder import RUN_FILE, claimed
 from whet.checkpoints.save import publish
 from whet.config.loader import dump
 from whet.config.run import RunConfig
@@ -22,11 +22,7 @@ from whet.log import RunLog
 from whet.loop import Loop
 from whet.methods import Method
 from whet.models.card import write_card
-from whet.models.load import check_model_folder, load_tokenizer
-from whet.models.vocabulary import check_same_vocabulary
-from whet.recipe import method_of
-from whet.roles import Policy, engine_maker, frozen_models, load_policy
-from whet.schedule import plan
+from whet.roles import Policy, load_policy
 from whet.types import Episode
 
 logger = logging.getLogger(__name__)
@@ -85,18 +81,19 @@ def compose(config: RunConfig, method: Method | None = None) -> Run:
     Raises ConfigError, DataError, CheckpointError or ModelError; what can be known without the model is said
     before it is loaded.
     """
-    method = method or method_of(config)
-    engine_maker(config)
-    check_folder(config.output_dir, config.model)
-    keeper = Keeper(config)
-    feed, tokenizer = _feed(config, method)
-    schedule = plan(config, len(feed), rollouts=method.source == "prompts")
+    found = examine(config, method)
+    found.errors.refuse()
+    method, tokenizer, feed, keeper, schedule = found.method, found.tokenizer, found.feed, found.keeper, found.schedule
+    assert method is not None and tokenizer is not None and feed is not None, "what is missing has been refused"
+    assert keeper is not None and schedule is not None, "what is missing has been refused"
     policy = load_policy(config, method, tokenizer, train=True)
     connected = feed.connect(policy)
     loop = Loop(config, method, connected.source, policy.backends, schedule, evaluate=connected.evaluate, saver=keeper)
     if keeper.found:
         keeper.restore(loop)
         logger.info("going on from %s", keeper.found)
+        if changed := keeper.changes():
+            logger.warning("settings are others than those it was trained with: %s", "; ".join(changed))
     logger.info(", ".join(f"{name} {value}" for name, value in policy.backend.describe().items()))
     return Run(policy, feed, loop, keeper, connected.engine)
 
@@ -105,26 +102,14 @@ async def evaluate(config: RunConfig) -> tuple[dict[str, float], tuple[Episode, 
     """Evaluate a model on the held-out data without training it: metrics, and a few episodes if it sampled any."""
     if config.data.eval is not None:  # the training data is not needed
         config = config.model_copy(update={"data": config.data.model_copy(update={"train": None})})
-    method = method_of(config)
-    feed, tokenizer = _feed(config, method)
+    elif not config.data.eval_share:
+        raise ConfigError("there is no held-out data to evaluate on; set data.eval")
+    found = examine(config, trains=False)
+    found.errors.refuse()
+    method, tokenizer, feed = found.method, found.tokenizer, found.feed
+    assert method is not None and tokenizer is not None and feed is not None, "what is missing has been refused"
     if feed.eval is None:
         raise ConfigError("there is no held-out data to evaluate on; set data.eval")
     policy = load_policy(config, method, tokenizer, train=False)
     metrics = await feed.evaluate(policy)
     return metrics, getattr(feed, "transcripts", ())
-
-
-def _feed(config: RunConfig, method: Method) -> tuple[RowFeed | PromptFeed, PreTrainedTokenizerBase]:
-    """Read and check the data, after what can be known of the model without its weights."""
-    positions = check_model_folder(config.model)
-    tokenizer = load_tokenizer(config.model)
-    for setting, model in frozen_models(config, method).items():
-        check_model_folder(model)
-        check_same_vocabulary(tokenizer, model, where=setting)
-    feed = PromptFeed(config, tokenizer) if method.source == "prompts" else RowFeed(config, tokenizer, method.task)
-    if positions is not None and feed.longest > positions:
-        raise ConfigError(
-            f"the longest sequence has {feed.longest:,} tokens, but the model has {positions:,} positions "
-            f"(max_position_embeddings in its config.json); {feed.remedy}, or use a model that reads further"
-        )
-    return feed, tokenizer

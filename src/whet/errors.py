@@ -1,5 +1,10 @@
 """What can go wrong for a user, by kind. Every message names the item, its value and the remedy."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 
 class WhetError(Exception):
     """Base of all errors that whet raises for its users. The command line prints them and exits 2."""
@@ -31,3 +36,40 @@ class CheckpointError(WhetError, RuntimeError):
 
 class TrainingError(WhetError, RuntimeError):
     """Training produced something that must not be built upon, such as a non-finite loss."""
+
+
+class SeveralErrors(WhetError):
+    """Errors of different kinds that were found together."""
+
+    def __init__(self, errors: Sequence[WhetError]) -> None:
+        self.errors = tuple(errors)
+        told = "\n".join(f"- {type(error).__name__}: {error}" for error in errors)
+        super().__init__(f"{len(errors)} things stand in the way:\n{told}")
+
+
+class Gathering:
+    """Goes on after an error, to tell all at once: `with gathering.going_on(): …`, and `refuse` in the end."""
+
+    def __init__(self) -> None:
+        self.errors: list[WhetError] = []
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Takes note of an error for users; every other goes through."""
+        try:
+            yield
+        except SeveralErrors as several:
+            self._note(several.errors)
+        except WhetError as error:
+            self._note([error])
+
+    def refuse(self) -> None:
+        """Raise what was taken note of: the error itself if it is one, SeveralErrors if there are more."""
+        if len(self.errors) > 1:
+            raise SeveralErrors(self.errors)
+        if self.errors:
+            raise self.errors[0]
+
+    def _note(self, errors: Sequence[WhetError]) -> None:
+        told = {str(error) for error in self.errors}  # what two checks stumble over is told once
+        self.errors += [error for error in errors if str(error) not in told]

@@ -6,10 +6,12 @@ A feed reads and checks all its data when it is made, before a model is there. `
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,15 +23,16 @@ from whet.data.prompts import prepare_prompts
 from whet.data.source import PromptRows, RowSource
 from whet.engines.protocol import Engine
 from whet.envs.registry import build_env
-from whet.errors import ConfigError
+from whet.errors import ConfigError, Gathering
 from whet.evaluate import ROWS_PER_BATCH, evaluate_rows
 from whet.loop import Evaluator
 from whet.methods import Task
 from whet.precompute import computed_once
 from whet.rewards.registry import build_scorer
+from whet.rewards.score import RewardScorer
 from whet.roles import Policy
 from whet.rollout.evaluation import evaluate_prompts, evaluation_sampling
-from whet.rollout.protocols import Source
+from whet.rollout.protocols import EnvFactory, Source
 from whet.rollout.resampled import ResampledRows
 from whet.rollout.sampling import RolloutSource, sampling_of
 from whet.types import Episode
@@ -53,9 +56,16 @@ class Connected:
 class RowFeed:
     """Rows of a data set, for the offline methods; `task` says what they are."""
 
-    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, task: Task = "sft"):
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task = "sft",
+        errors: Gathering | None = None,
+    ):
         self.config, self.tokenizer = config, tokenizer
-        self.train, self.eval = _read(config, tokenizer, partial(prepare, task=task))
+        with told_together(errors) as errors:
+            self.train, self.eval = _read(config, tokenizer, partial(prepare, task=task), errors)
 
     def __len__(self) -> int:
         return len(self.train) if self.train is not None else 0
@@ -70,15 +80,18 @@ class RowFeed:
         """What makes the longest sequence shorter."""
         return f"lower data.max_length (now {self.config.data.max_length:,})"
 
+    def walk(self) -> RowSource:
+        """The rows in the order of training, from the beginning."""
+        assert self.train is not None, "there are no rows to walk over"
+        return RowSource(self.train, seed=self.config.seed, shuffle=self.config.data.shuffle)
+
     def connect(self, policy: Policy) -> Connected:
         """The source over the rows, and the losses on the held-out ones.
 
         What frozen models say of the rows is computed now where it is to be computed once.
         """
-        config = self.config
-        _check_stop(self.train, policy.stop_token_ids, self.tokenizer)
         self._compute_once(policy)
-        source: Source = RowSource(self.train, seed=config.seed, shuffle=config.data.shuffle)
+        source: Source = self.walk()
         engine = None
         if policy.resamples:
             source, engine = self._resampled(source, policy)
@@ -112,14 +125,20 @@ class RowFeed:
 class PromptFeed:
     """Prompts, what is made of them, and how it is judged, for the on-line methods."""
 
-    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase):
+    scorer: RewardScorer
+    env: EnvFactory
+
+    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, errors: Gathering | None = None):
         self.config, self.tokenizer = config, tokenizer
-        self.scorer = build_scorer(config.reward)
-        self.env = build_env(config.env)
-        self.train, self.eval = _read(config, tokenizer, prepare_prompts)
-        for part in (self.train, self.eval):
-            if part is not None:
-                self.scorer.check(part)
+        with told_together(errors) as errors:
+            with errors.going_on():
+                self.env = build_env(config.env)
+            self.train, self.eval = _read(config, tokenizer, prepare_prompts, errors)
+            with errors.going_on():
+                self.scorer = build_scorer(config.reward)
+                for part in (self.train, self.eval):
+                    if part is not None:
+                        self.scorer.check(part)
         self.transcripts: tuple[Episode, ...] = ()
         """A few episodes of the last evaluation."""
 
@@ -138,13 +157,18 @@ class PromptFeed:
         """What makes the longest sequence shorter."""
         return "lower data.max_prompt_length, rollout.max_tokens or eval.max_tokens"
 
+    def walk(self) -> PromptRows:
+        """The prompts in the order of training, from the beginning."""
+        assert self.train is not None, "there are no prompts to walk over"
+        return PromptRows(self.train, seed=self.config.seed, shuffle=self.config.data.shuffle)
+
     def connect(self, policy: Policy) -> Connected:
         """The source that samples from the engine, and the evaluation on held-out prompts."""
         self.scorer.load(policy.config.backend)
         engine, stops = policy.engine(), policy.stop_token_ids
         config = self.config
         source = RolloutSource(
-            PromptRows(self.train, seed=config.seed, shuffle=config.data.shuffle),
+            self.walk(),
             engine,
             self.env,
             self.scorer,
@@ -181,27 +205,36 @@ class PromptFeed:
         return {f"eval/{name}": value for name, value in result.metrics.items()}
 
 
-def _read(config: RunConfig, tokenizer: PreTrainedTokenizerBase, read: Callable):
-    """(training data, held-out data), None for what is not there, each reported."""
+def _read(config: RunConfig, tokenizer: PreTrainedTokenizerBase, read: Callable, errors: Gathering):
+    """(training data, held-out data), None for what is not there or cannot be read, each reported."""
     data, settings = config.data, config.eval
-    train = None if data.train is None else read(data, data.train, tokenizer, what="train")
-    held = None if data.eval is None else read(data, data.eval, tokenizer, what="eval")
+    found: dict[str, Any] = {"train": None, "eval": None}
+    for what, paths in (("train", data.train), ("eval", data.eval)):
+        if paths is not None:
+            with errors.going_on():
+                found[what] = read(data, paths, tokenizer, what=what)
+    train, held = found["train"], found["eval"]
     if train is not None and data.eval_share:
-        train, held = train.hold_out(data.eval_share, config.seed)
+        with errors.going_on():
+            train, held = train.hold_out(data.eval_share, config.seed)
     for name, part in (("training", train), ("held-out", held)):
         if part is not None:
             logger.info("%s data: %s", name, part.report)
-    if held is None and (settings.every_steps or settings.every_epochs or settings.at_start):
-        raise ConfigError("an evaluation is asked for, but there is no held-out data; set data.eval or data.eval_share")
+    if (
+        data.eval is None
+        and not data.eval_share
+        and (settings.every_steps or settings.every_epochs or settings.at_start)
+    ):
+        text = "an evaluation is asked for, but there is no held-out data; set data.eval or data.eval_share"
+        with errors.going_on():
+            raise ConfigError(text)
     return train, held
 
 
-def _check_stop(rows, stop_token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
-    """A model whose stop token is never trained goes on for ever; say so before it is trained."""
-    if stop_token_ids and rows.share_training_one_of(stop_token_ids) == 0:
-        names = ", ".join(repr(tokenizer.convert_ids_to_tokens(int(i))) for i in stop_token_ids)
-        logger.warning(
-            "no row trains a stop token (%s): the model will not learn to end its answers. Does the chat template "
-            "end the assistant's turn with another token?",
-            names,
-        )
+@contextmanager
+def told_together(errors: Gathering | None) -> Iterator[Gathering]:
+    """A gathering of errors that refuses at the end, unless the caller brought one and will do so."""
+    own = errors if errors is not None else Gathering()
+    yield own
+    if errors is None:
+        own.refuse()

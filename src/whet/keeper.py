@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Protocol
 
+import yaml
+
+from whet.checkpoints.folder import RUN_FILE
 from whet.checkpoints.resume import choose
 from whet.checkpoints.save import prune, write
 from whet.checkpoints.state import load_rng, read_json, save_rng, write_json
@@ -15,6 +20,12 @@ from whet.loop import Loop, Progress
 STATE_FILE = "loop.json"
 REFERENCE_FOLDER = "reference"
 """Beside the weights of a checkpoint, the reference that follows them."""
+
+
+class Walk(Protocol):
+    """A position in data that knows which data it goes over."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Keeper:
@@ -64,6 +75,31 @@ class Keeper:
         loop.progress = Progress(**state["progress"])
         load_rng(self.found)
 
+    def check_data(self, walk: Walk) -> None:
+        """Raise CheckpointError where the found checkpoint was made with other data than is walked over now.
+
+        `walk` stands elsewhere afterwards.
+        """
+        if self.found is None:
+            return
+        state = read_json(self.found / STATE_FILE)["source"]
+        nested = [state, *(value for value in state.values() if isinstance(value, dict))]
+        for one in nested:
+            if "fingerprint" in one:
+                walk.load_state_dict(one)
+
+    def changes(self) -> list[str]:
+        """The settings that are others than those the found checkpoint was trained with, as `optim.lr: 0.1 -> 0.2`.
+
+        Those of the log and of checkpoints change nothing that is trained, and are left out.
+        """
+        path = self.found.parent / RUN_FILE if self.found is not None else None
+        if path is None or not path.is_file():
+            return []
+        before, now = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(self.config.model_dump())
+        names = [name for name in {**before, **now} if not name.startswith(("log.", "checkpoint.", "output_dir"))]
+        return [f"{n}: {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n)]
+
     def _check_method(self, folder: Path) -> None:
         method = read_json(folder / STATE_FILE)["method"]
         if method != self.config.method:
@@ -84,3 +120,10 @@ class Keeper:
             )
         loop.policy.load(self.folder(best))
         return True
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    if not isinstance(settings, dict) or not settings:
+        return {prefix.rstrip("."): settings}
+    return {name: value for key, inner in settings.items() for name, value in _flat(inner, f"{prefix}{key}.").items()}

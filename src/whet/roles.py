@@ -96,6 +96,11 @@ def engine_maker(config: RunConfig) -> Any:
     return resolve(config.engine.use, ENGINES, what="engine", where="engine.use")
 
 
+def backend_maker(config: RunConfig) -> Any:
+    """What makes the run's backends. Raises ConfigError for an unknown one."""
+    return resolve(config.backend.use, BACKENDS, what="backend", where="backend.use")
+
+
 def load_policy(config: RunConfig, method: Method, tokenizer: PreTrainedTokenizerBase, *, train: bool) -> Policy:
     """Load the model on its device, with an optimizer if it is to be trained, and the frozen models it needs.
 
@@ -146,9 +151,8 @@ class _Loader:
 
     def backend(self, model: Any, **options: Any) -> Backend:
         """A backend over a model that is loaded."""
-        make = resolve(self.config.backend.use, BACKENDS, what="backend", where="backend.use")
         sampled = self.method.source == "prompts"
-        return make(
+        return backend_maker(self.config)(
             model,
             self.tokenizer,
             self.config.backend,

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from whet.config.model import FreezeConfig, ModelConfig
 from whet.errors import ModelError
@@ -100,8 +108,23 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> tupl
     Raises ModelError where none is known: no completion would ever end.
     """
     inner = base(model)
+    return _stops(tokenizer, getattr(inner, "generation_config", None), inner.config)
+
+
+def stop_tokens_in_files(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The same without the model: what its files say."""
+    inner = adapter_base(cfg) or cfg
+    where = locate(inner)
+    try:
+        generation = GenerationConfig.from_pretrained(where.pop("pretrained_model_name_or_path"), **where)
+    except OSError:  # not every model has one
+        generation = None
+    return _stops(tokenizer, generation, load_config(inner))
+
+
+def _stops(tokenizer: PreTrainedTokenizerBase, *configs: Any) -> tuple[int, ...]:
     found = [tokenizer.eos_token_id]
-    for config in (getattr(inner, "generation_config", None), inner.config):
+    for config in configs:
         ids = getattr(config, "eos_token_id", None)
         found += ids if isinstance(ids, list) else [ids]
     stops = tuple(dict.fromkeys(int(token) for token in found if token is not None))

@@ -1,0 +1,154 @@
+"""Everything that can be known before a model is loaded: what is wrong all at once, what is odd, what a run will take.
+
+Every training command begins with it, and `whet check` ends with it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from whet.check import judge
+from whet.check.memory import Estimate, estimate, shortage
+from whet.check.work import Units, Work, units_of_prompts, units_of_rows, work_of
+from whet.checkpoints.folder import check_folder
+from whet.config.loader import UNKNOWN
+from whet.config.run import RunConfig
+from whet.data.prepared import Prepared
+from whet.data.prompts import Prompts
+from whet.errors import ConfigError, Gathering, WhetError
+from whet.feeds import PromptFeed, RowFeed
+from whet.keeper import Keeper
+from whet.methods import METHODS, Method
+from whet.models.load import check_model_folder, load_tokenizer, stop_tokens_in_files
+from whet.models.vocabulary import check_same_vocabulary
+from whet.recipe import method_of
+from whet.roles import backend_maker, engine_maker, frozen_models
+from whet.schedule import Schedule, plan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Examined:
+    """What was found; None for what errors have kept from being looked at. Warnings went to the log."""
+
+    config: RunConfig
+    errors: Gathering = field(default_factory=Gathering)
+    method: Method | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    feed: RowFeed | PromptFeed | None = None
+    keeper: Keeper | None = None
+    schedule: Schedule | None = None
+    work: Work | None = None
+    memory: Estimate | None = None
+
+    @property
+    def parts(self) -> dict[str, Prepared | Prompts]:
+        """The data that could be read, by what it is for."""
+        both = {"training": getattr(self.feed, "train", None), "held-out": getattr(self.feed, "eval", None)}
+        return {name: part for name, part in both.items() if part is not None}
+
+
+def examine(config: RunConfig, method: Method | None = None, *, trains: bool = True) -> Examined:
+    """Look at settings, folders, models, data and memory, in this order, and go on after each error.
+
+    Nothing is written but the cache of tokenised rows, and no weight is loaded. Without `trains`, what is only
+    needed for training is left out.
+    """
+    found = Examined(config, method=method)
+    _settings(found, trains)
+    if config.model.path != UNKNOWN:
+        positions = _models(found)
+        _data(found, positions)
+    if trains and found.schedule is not None and not found.errors.errors:
+        _memory(found)
+    return found
+
+
+def _settings(found: Examined, trains: bool) -> None:
+    config, errors = found.config, found.errors
+    if found.method is None:
+        # With a wrong loss, the method still says what its data look like.
+        found.method = METHODS.get(config.method)
+        with errors.going_on():
+            found.method = method_of(config)
+    with errors.going_on():
+        engine_maker(config)
+    with errors.going_on():
+        backend_maker(config)
+    if trains:
+        with errors.going_on():
+            check_folder(config.output_dir, config.model)
+        with errors.going_on():
+            found.keeper = Keeper(config)
+
+
+def _models(found: Examined) -> int | None:
+    """Folders and tokenizers of the policy and of the models beside it. Returns the policy's positions."""
+    config, errors, positions = found.config, found.errors, None
+    with errors.going_on():
+        found.tokenizer = load_tokenizer(config.model)
+    with errors.going_on():
+        positions = check_model_folder(config.model, scores=found.method is not None and found.method.scores)
+    beside = {} if found.method is None else frozen_models(config, found.method)
+    for setting, model in beside.items():
+        with errors.going_on():
+            check_model_folder(model)
+            if found.tokenizer is not None:
+                check_same_vocabulary(found.tokenizer, model, where=setting)
+    if found.tokenizer is not None and found.method is not None and not found.method.scores:
+        with errors.going_on():
+            found.stop_token_ids = stop_tokens_in_files(config.model, found.tokenizer)
+    return positions
+
+
+def _data(found: Examined, positions: int | None) -> None:
+    config, errors, method, tokenizer = found.config, found.errors, found.method, found.tokenizer
+    if method is None or tokenizer is None:
+        return
+    rollouts = method.source == "prompts"
+    feed = PromptFeed(config, tokenizer, errors) if rollouts else RowFeed(config, tokenizer, method.task, errors)
+    found.feed = feed
+    if positions is not None and feed.longest > positions:
+        text = (
+            f"the longest sequence has {feed.longest:,} tokens, but the model has {positions:,} positions "
+            f"(max_position_embeddings in its config.json); {feed.remedy}, or use a model that reads further"
+        )
+        with errors.going_on():
+            raise ConfigError(text)
+    for name, part in found.parts.items():
+        judge.part(name, part, method, tokenizer, found.stop_token_ids)
+    if feed.train is not None:
+        found.schedule = plan(config, len(feed), rollouts=rollouts)
+        if found.keeper is not None:
+            with errors.going_on():
+                found.keeper.check_data(feed.walk())
+        units = sizes_of(feed.train, config)
+        longest = feed.longest if rollouts else 0
+        found.work = work_of(units, found.schedule, config, decoded_length=longest)
+
+
+def sizes_of(part: Prepared | Prompts, config: RunConfig) -> Units:
+    """Tokens of each unit, with shared prefixes once unless `model.attention` says otherwise."""
+    shares = config.model.attention in ("auto", "tree")
+    if isinstance(part, Prompts):
+        return units_of_prompts(part, config, shares=shares)
+    return units_of_rows(part, shares=shares)
+
+
+def _memory(found: Examined) -> None:
+    """The estimate, and a warning where the device has less."""
+    assert found.method is not None and found.work is not None, "memory follows from method and data"
+    try:
+        found.memory = estimate(found.config, found.method, found.work)
+    except WhetError:
+        raise
+    except Exception as error:  # the code of a model may need content; then nothing is told
+        logger.debug("no estimate of memory: %s", error)
+        return
+    if not found.memory.fits:
+        logger.warning("%s", shortage(found.memory, found.config))
