@@ -129,3 +129,13 @@ def test_an_import_needs_no_torch(folder: Path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_secrets_are_not_passed_on(imported: Import):
+    script = "python3 train.py --hf-checkpoint m --prompt-data p.jsonl --rm-type math --n-samples-per-prompt 2"
+    result = imported("slime", f"{script} --wandb-key s3cret", "run.sh")
+    trl = imported("trl", DPO + "hub_token: s3cret\n", "dpo.yaml")
+    for one in (result, trl):
+        assert "s3cret" not in configuration(one) + report(one, None)
+    assert "wandb_key (run.sh, line 1): it is refused" in report(result, None)
+    assert "hub_token (dpo.yaml, line 7)" in report(trl, None)

@@ -295,6 +295,7 @@ def test_what_has_no_counterpart_is_told_with_what_to_do(imported: Import):
         (small("identity", "ppo"), "stage in config.yaml, line 2: stage 'ppo' needs a critic"),
         (small("identity", "sfft"), "stage 'sfft' is unknown"),
         (small("identiti"), "data/dataset_info.json: identiti is not in it; did you mean identity?"),
+        (small("identity", dataset_dir="REMOTE:owner/data"), "dataset_dir is 'REMOTE:owner/data': fetch it"),
         (small("identity", max_samples=0), "config.yaml, line 5: max_samples is 0"),
         (small("identity").replace('"identity"', "3"), "config.yaml, line 4: dataset is 3, expected names"),
         ("stage: [\n", "config.yaml, line 2: this is not valid YAML"),

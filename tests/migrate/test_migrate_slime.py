@@ -275,12 +275,32 @@ def test_groups_that_are_filtered_or_left_over_have_no_counterpart(imported: Imp
 
 
 def test_supervised_training_is_sft(imported: Import):
-    flags = "--loss-type sft_loss --input-key messages --rollout-batch-size 128 --global-batch-size 128 --num-epoch 3"
+    flags = "--loss-type sft_loss --input-key messages --rollout-batch-size 256 --global-batch-size 128 --num-epoch 3"
     text = f"python3 train_async.py --hf-checkpoint m --prompt-data p.parquet {flags} --calculate-per-token-loss"
     result = imported("slime", text, "run.sh")
     config = loaded(result)
     assert (config.method, config.train.batch_size, config.train.epochs) == ("sft", 128, 3.0)
     assert config.data.columns == {"messages": "messages"} and lost(result) == {}
+
+
+@pytest.mark.parametrize(
+    "flags,ratio,warmup",
+    [
+        ("--lr 1e-5 --min-lr 1e-6 --lr-decay-style cosine --lr-warmup-iters 128 --lr-warmup-fraction 0.9", 0.1, 128),
+        ("--lr 1e-5 --min-lr 1e-6 --lr-decay-style constant", 0.0, None),
+        ("--lr 1e-5", 0.0, None),
+    ],
+)
+def test_the_lowest_rate_is_a_share_of_the_highest(imported: Import, flags: str, ratio: float, warmup: int | None):
+    result = imported("slime", small("--n-samples-per-prompt 4", flags), "run.sh")
+    optim = loaded(result).optim
+    assert (optim.min_lr_ratio, optim.warmup_steps) == (pytest.approx(ratio), warmup)
+    assert lost(result) == {}
+
+
+def test_a_name_that_is_refused_anyway_needs_no_value(imported: Import):
+    result = imported("slime", small("--n-samples-per-prompt 4 --wandb-key ${WANDB_KEY} --num-layers ${N}"), "run.sh")
+    assert "TensorBoard" in lost(result)["wandb_key"] and "config.json" in idle(result)["num_layers"]
 
 
 def test_values_that_the_script_does_not_say_are_to_be_written(imported: Import):

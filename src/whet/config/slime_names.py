@@ -64,6 +64,9 @@ SLIME_NAMES = [
     renamed(_SLIME, "adam_eps", "optim.eps"),
     renamed(_SLIME, "clip_grad", "optim.max_grad_norm"),
     renamed(_SLIME, "lr_decay_style", "optim.schedule"),
+    renamed(_SLIME, "lr_warmup_iters", "optim.warmup_steps"),
+    renamed(_SLIME, "lr_warmup_fraction", "optim.warmup_ratio"),
+    refused(_SLIME, "min_lr", "give optim.min_lr_ratio, the share of the learning rate that it is", off=(None, 0, 0.0)),
     idle(_SLIME, "optimizer", "AdamW is the optimizer", only=("adam", "adamw")),
     renamed(_SLIME, "max_tokens_per_gpu", "backend.max_tokens_per_device"),
     idle(_SLIME, "use_dynamic_batch_size", "micro-batches are always cut by their tokens, without changing the loss"),
@@ -155,6 +158,13 @@ SLIME_NAMES = [
         switch=True,
     ),
     _zero("kl_coef", "the penalty is a term of the loss here, never a part of the reward; use kl.coef"),
+    refused(_SLIME, "eval_top_k", "held-out completions are sampled from all tokens (eval.top_p)", off=(None,)),
+    refused(_SLIME, "reward_key", "a reward is one number, or several whose weighted sum it is", off=(None,)),
+    idle(
+        _SLIME, "rollout_max_context_len", "rollout.max_tokens limits completions, the model's positions all", only=None
+    ),
+    idle(_SLIME, "rollout_seed", "seed draws the prompts and the completions", only=None),
+    idle(_SLIME, "rollout_skip_special_tokens", "special tokens are never shown to a reward"),
     refused(_SLIME, "use_tis", "engine and trainer share the weights in this version, so nothing is to be corrected"),
     refused(_SLIME, "normalize_advantages", "advantages are normalised within their group only; leave it out"),
     refused(_SLIME, "custom_generate_function_path", _OWN_CODE, off=(None,)),

@@ -66,6 +66,10 @@ _MEDIA = ("images", "videos", "audios")
 
 def read_info(folder: str) -> dict[str, Any]:
     """`dataset_info.json` of a folder. Raises ConfigError where it cannot be read, with the line."""
+    if folder.startswith("REMOTE:"):
+        raise ConfigError(
+            f"dataset_dir is {folder!r}: fetch it with its dataset_info.json, and give its folder with --dataset_dir"
+        )
     path = Path(folder) / "dataset_info.json"
     try:
         info = json.loads(path.read_text(encoding="utf-8"))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from whet.config.written import Written
+from whet.config.aliases import alias_of
+from whet.config.names import any_of
+from whet.config.written import Written, flag_value
 from whet.errors import ConfigError
+from whet.migrate.shell import Word
 
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
@@ -48,9 +51,20 @@ class Draft:
             value = float(value)
         self.names[name] = Written((name,), value, source)
 
-    def add_all(self, values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
-        for name, value in values.items():
-            self.add(name, value, sources[name])
+    def add_flag(self, name: str, words: Sequence[Word]) -> None:
+        """A flag of a command: true by itself, a list with several words behind it.
+
+        What the script does not say has no counterpart, but where a name has no effect or is refused, that is told.
+        """
+        flag, values = words[0], words[1:]
+        alias = alias_of((name,))
+        unknown = dict.fromkeys(part for word in values for part in word.unknown)
+        if unknown and (alias is None or alias.effect == "sets"):
+            self.add(name, " ".join(word.text for word in values), flag.source)
+            self.lose(name, f"the script does not say what {any_of(unknown)} is; write the value yourself")
+            return
+        read = [flag_value(word.text, Any) for word in values]
+        self.add(name, True if not read else read[0] if len(read) == 1 else read, flag.source)
 
     def value(self, name: str, default: Any = None) -> Any:
         """The value of a name, which stays."""

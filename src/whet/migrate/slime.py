@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from whet.config.names import any_of
-from whet.config.written import flag_value
 from whet.errors import ConfigError
 from whet.migrate.draft import Draft, named
 from whet.migrate.shell import Script, Word, command_with, flags_of, read_script
@@ -30,7 +28,7 @@ def read(path: str) -> Draft:
     draft = Draft("slime", path)
     script = read_script(path)
     for name, words in _arguments(draft, script).items():
-        _add(draft, name, words)
+        draft.add_flag(name, words)
     for file in script.missing:
         draft.remarks.append(f"{file} is not there, so it was not read; what it says of the model is not needed here")
     if script.branches:
@@ -41,6 +39,7 @@ def read(path: str) -> Draft:
     _memory(draft)
     _penalty(draft)
     _credit(draft)
+    _rate(draft)
     return draft
 
 
@@ -62,16 +61,6 @@ def _arguments(draft: Draft, script: Script) -> dict[str, list[Word]]:
     return flags
 
 
-def _add(draft: Draft, name: str, words: list[Word]) -> None:
-    flag, values = words[0], words[1:]
-    if unknown := [part for word in values for part in word.unknown]:
-        draft.add(name, " ".join(word.text for word in values), flag.source)
-        draft.lose(name, f"the script does not say what {any_of(dict.fromkeys(unknown))} is; write the value yourself")
-        return
-    read = [flag_value(word.text, Any) for word in values]
-    draft.add(name, True if not read else read[0] if len(read) == 1 else read, flag.source)
-
-
 def _method(draft: Draft) -> None:
     """Reinforcement learning, unless the script asks for slime's supervised loss."""
     loss, rollout = draft.take("loss_type"), draft.value("rollout_function_path")
@@ -80,9 +69,10 @@ def _method(draft: Draft) -> None:
         source = loss.source if loss is not None else draft.names["rollout_function_path"].source
         draft.method, draft.method_source = "sft", named("loss_type" if loss else "rollout_function_path", source)
         draft.take("rollout_function_path")
-        draft.rename("rollout_batch_size", "train.batch_size")
+        step = "global_batch_size" if "global_batch_size" in draft.names else "rollout_batch_size"
+        draft.rename(step, "train.batch_size")
+        draft.pass_over("rollout_batch_size", "train.batch_size rows make a step")
         draft.rename("input_key", "data.columns.messages")
-        draft.pass_over("global_batch_size", "train.batch_size rows make a step")
         draft.pass_over("n_samples_per_prompt", "rows are read once per epoch")
         for name in ("calculate_per_token_loss", "disable_compute_advantages_and_returns", "debug_train_only"):
             draft.pass_over(name, "it is how sft trains")
@@ -150,3 +140,17 @@ def _credit(draft: Draft) -> None:
     if written is not None and draft.value("advantage_estimator", "grpo") == "grpo":
         draft.take("advantage_estimator")
         draft.set("credit.use", "grpo_no_std", named("disable_grpo_std_normalization", written.source))
+
+
+def _rate(draft: Draft) -> None:
+    """The lowest rate is a share of the highest here."""
+    lowest, highest = draft.value("min_lr"), draft.value("lr")
+    is_number = all(isinstance(one, int | float) and not isinstance(one, bool) for one in (lowest, highest))
+    if is_number and lowest and highest and draft.value("lr_decay_style", "linear") != "constant":
+        written = draft.take("min_lr")
+        assert written is not None, "it was just looked at"
+        draft.set("optim.min_lr_ratio", round(lowest / highest, 12), named("min_lr", written.source))
+    elif draft.value("lr_decay_style") == "constant":
+        draft.pass_over("min_lr", "a constant rate has no lowest")
+    if "lr_warmup_iters" in draft.names:
+        draft.pass_over("lr_warmup_fraction", "lr_warmup_iters says it")

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from whet.config.names import any_of, did_you_mean
+from whet.config.names import did_you_mean
 from whet.config.problems import refuse
-from whet.config.written import Document, Written, flag_value, read_document
+from whet.config.written import Document, Written, read_document
 from whet.errors import ConfigError
 from whet.migrate.datasets import hub_name
 from whet.migrate.draft import Draft, evaluated_every, named
@@ -107,11 +107,7 @@ def _command(draft: Draft, path: str) -> str | None:
     for config in flags.pop("config", [])[1:2]:
         _add_document(draft, read_document(_beside(path, config)))
     for name, given in flags.items():
-        if unknown := [part for word in given for part in word.unknown]:
-            draft.add(name, " ".join(word.text for word in given[1:]), given[0].source)
-            draft.lose(name, f"the script does not say what {any_of(unknown)} is; write the value yourself")
-        else:
-            draft.add(name, value_of(given), given[0].source)
+        draft.add_flag(name, given)
     for name in ("num_processes", "nproc_per_node"):
         if name in launcher and launcher[name][-1].text.isdigit():
             draft.names["num_processes"] = draft.names.get("num_processes") or _processes(launcher[name])
@@ -120,12 +116,6 @@ def _command(draft: Draft, path: str) -> str | None:
 
 def _processes(given: list[Word]) -> Written:
     return Written(("num_processes",), int(given[-1].text), given[0].source)
-
-
-def value_of(given: list[Word]) -> Any:
-    """The words behind a flag as a value: true for none, a list for several."""
-    values = [flag_value(word.text, Any) for word in given[1:]]
-    return True if not values else values[0] if len(values) == 1 else values
 
 
 def _beside(path: str, word: Word) -> str:

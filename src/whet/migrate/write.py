@@ -47,10 +47,13 @@ def _chapters(imported: Imported) -> Iterator[tuple[str, list[str]]]:
 
 
 def _told(entries: Sequence[Left]) -> list[str]:
-    return [
-        f"{one.name}{'' if one.value is None else f': {show(one.value)}'} ({_place(one.source, one.name)}): {one.why}"
-        for one in entries
-    ]
+    return [f"{one.name}{_value(one)} ({_place(one.source, one.name)}): {one.why}" for one in entries]
+
+
+def _value(one: Left) -> str:
+    """What was written, unless it may be a secret: what is written here is passed on."""
+    is_secret = one.name.endswith(("_key", "_token", "password"))
+    return "" if one.value is None or is_secret else f": {show(one.value)}"
 
 
 def _place(source: str, name: str) -> str:
