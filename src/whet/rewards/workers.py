@@ -59,6 +59,15 @@ class WorkerPool:
         finally:
             self._idle.put(worker)
 
+    def greeting(self) -> Any:
+        """What a process said when it was ready. Raises RewardError if none can be started."""
+        worker = self._idle.get()
+        try:
+            worker.start()
+            return worker.greeting
+        finally:
+            self._idle.put(worker)
+
     def close(self) -> None:
         """End the worker processes."""
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -87,7 +96,7 @@ class Worker:
     def ask(self, question: Any, limit_s: float) -> Any | None:
         """The answer, or None if there was none in time: the process is then killed."""
         process = self.start()
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None, "it is a pipe"
         try:
             process.stdin.write(json.dumps(question) + "\n")
             process.stdin.flush()
@@ -104,6 +113,7 @@ class Worker:
         if process is not None:
             process.kill()
             process.wait()
+            assert process.stdin is not None and process.stdout is not None, "both are pipes"
             for stream in (process.stdin, process.stdout):
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
@@ -136,4 +146,5 @@ class Worker:
         return self._process
 
     def _line(self, process: subprocess.Popen[str], limit_s: float) -> str:
-        return process.stdout.readline() if wait([process.stdout], limit_s) else ""
+        assert process.stdout is not None, "it is a pipe"
+        return process.stdout.readline() if wait([process.stdout.fileno()], limit_s) else ""
