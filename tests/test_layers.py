@@ -48,7 +48,7 @@ CONFINED = {
     "deepspeed": {"backends/deepspeed.py"},
     "ray": {"cluster/ray.py"},
     "peft": {"models/"},
-    "httpx2": {"rewards/judge.py"},
+    "httpx2": {"rewards/endpoint.py", "rewards/judge.py"},
     "bitsandbytes": {"models/quantize.py"},
     "math_verify": {"rewards/math_worker.py"},
 }

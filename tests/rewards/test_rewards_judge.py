@@ -3,83 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from servers import Answer, Server
 
 from whet.config.rollout import RewardConfig
 from whet.errors import ConfigError, DataError, RewardError
-from whet.rewards import judge
 from whet.rewards.judge import JudgeReward, filled
 from whet.rewards.registry import build_scorer
 from whet.types import Episode, Prompt
-
-Answer = str | tuple[int, dict[str, str], str]
-
-
-class Server(ThreadingHTTPServer):
-    """Answers the n-th request with `answers[n]`, and all later ones with the last: text, or status, headers, body."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers: list[Answer] = ["Score: 7"]
-        self.requests: list[tuple[str, dict[str, str], dict[str, Any]]] = []
-        self.delay_s = 0.0
-        self.active = self.most_active = 0
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server = self.server
-        with server.lock:
-            answer = server.answers[min(len(server.requests), len(server.answers) - 1)]
-            server.requests.append((self.path, dict(self.headers), body))
-            server.active += 1
-            server.most_active = max(server.most_active, server.active)
-        time.sleep(server.delay_s)
-        if isinstance(answer, str):
-            message = {"role": "assistant", "content": answer}
-            answer = 200, {}, json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]})
-        with server.lock:
-            server.active -= 1
-        status, headers, text = answer
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(text.encode()))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_: object) -> None: ...
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield running
-        running.shutdown()
-        thread.join()
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch) -> None:
-    monkeypatch.setattr(judge, "FIRST_PAUSE_S", 0.01)
 
 
 def episode(response: str = "It is 4.", prompt: Any = "2+2?", label: Any = 4, index: int = 0) -> Episode:
@@ -203,7 +137,7 @@ async def test_no_more_are_asked_at_a_time_than_allowed_and_waiting_is_no_delay(
     await asyncio.gather(*(scorer.score(one) for one in given))
     assert [one.error for one in given] == [None] * 8
     assert server.most_active == 2
-    assert scorer.rewards[0].reward._client is None  # connections end with the last call
+    assert scorer.rewards[0].reward._endpoint._client is None  # connections end with the last call
 
 
 async def test_a_failure_costs_its_episode_alone(server: Server):

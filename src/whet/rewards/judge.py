@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
-import os
-import random
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 import httpx2
 from pydantic import Field
 
 from whet.errors import ConfigError, RewardError
+from whet.rewards.endpoint import EXCERPT, Endpoint, bearer, checked_url
 from whet.types import Episode, Message, Prompt
 
 TEMPLATE = """\
@@ -31,18 +27,13 @@ How good is the answer? Judge whether it is correct first, then whether it is co
 sentences, then end with a line `Score: N`, where N is from 0 (useless) to 10 (perfect)."""
 SCORE = r"score\W{0,6}(-?\d+(?:\.\d+)?)"
 """What the rule `score` looks for, in any case of letters: `Score: 7`, `"score": 7.5`, `**Score:** 7`."""
-RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 30.0
-EXCERPT = 200
 
 
 class JudgeReward:
     """Asks `POST base_url/chat/completions` about each response and reads a number from what comes back.
 
     A judge that does not answer, or whose answer holds no number within the limits, costs the episode; nothing
-    is ever made up in its place. Busy servers (429, 5xx), lost connections and requests out of time are tried
-    again, after growing pauses, or after what `Retry-After` says.
+    is ever made up in its place.
     """
 
     def __init__(
@@ -67,8 +58,14 @@ class JudgeReward:
         max_concurrent: Annotated[int, Field(ge=1, description="Most requests at a time.")] = 8,
     ) -> None:
         self.max_concurrent = max_concurrent
-        self._url = _endpoint(base_url)
-        self._headers = _authorization(api_key_env)
+        base = checked_url(base_url, "reward judge: base_url").rstrip("/").removesuffix("/chat/completions")
+        self._endpoint = Endpoint(
+            f"{base}/chat/completions",
+            who="the judge",
+            request_timeout_s=request_timeout_s,
+            retries=retries,
+            headers=bearer(api_key_env, "reward judge: api_key_env"),
+        )
         self._template, self._system = template or TEMPLATE, system
         if "{response}" not in self._template:
             raise ConfigError("reward judge: template has no {response}; put it where the judged answer goes")
@@ -77,9 +74,6 @@ class JudgeReward:
         factor = scale if scale is not None else 0.1 if own else 1.0
         self._verdict = _Verdict(parse or "score", words or {}, low, high, factor)
         self._body = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
-        self._limit_s, self._retries = request_timeout_s, retries
-        self._client: httpx2.AsyncClient | None = None
-        self._in_flight = 0
 
     def check(self, prompt: Prompt) -> None:
         """Raises ValueError for a prompt without the label that the template asks for."""
@@ -91,48 +85,8 @@ class JudgeReward:
         values = {"prompt": as_text(episode.prompt.content), "response": episode.response}
         question = filled(self._template, {**values, "label": str(episode.prompt.label)})
         messages = [{"role": "system", "content": self._system}] if self._system else []
-        async with self._connected() as client:
-            reply = await self._ask(
-                client, {**self._body, "messages": [*messages, {"role": "user", "content": question}]}
-            )
-        return self._verdict.number(reply)
-
-    @asynccontextmanager
-    async def _connected(self) -> AsyncIterator[httpx2.AsyncClient]:
-        """One client for all calls in flight; its connections are closed with the last of them."""
-        if self._client is None:
-            self._client = httpx2.AsyncClient(timeout=self._limit_s, headers=self._headers)
-        client = self._client
-        self._in_flight += 1
-        try:
-            yield client
-        finally:
-            self._in_flight -= 1
-            if self._in_flight == 0:
-                self._client = None
-                await client.aclose()
-
-    async def _ask(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> str:
-        """The text of the judge's answer, after as many attempts as there may be."""
-        failure, pause = "", 0.0
-        for attempt in range(self._retries + 1):
-            await asyncio.sleep(pause)
-            pause = _pause(attempt)
-            try:
-                async with asyncio.timeout(self._limit_s):
-                    response = await client.post(self._url, json=body)
-            except (httpx2.TransportError, TimeoutError) as error:
-                failure = f"{type(error).__name__} {error}".strip()
-                continue
-            if response.status_code == 200:
-                return _text_of(response)
-            failure = f"HTTP {response.status_code}: {response.text.strip()[:EXCERPT]!r}"
-            if response.status_code not in RETRIED:
-                raise RewardError(f"the judge at {self._url} refused the request: {failure}")
-            pause = _asked_pause(response) or pause
-        raise RewardError(
-            f"the judge at {self._url} gave no answer in {self._retries + 1} requests; the last: {failure}"
-        )
+        body = {**self._body, "messages": [*messages, {"role": "user", "content": question}]}
+        return self._verdict.number(_text_of(await self._endpoint.post(body)))
 
 
 class _Verdict:
@@ -191,23 +145,6 @@ def as_text(content: str | list[Message]) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in content)
 
 
-def _endpoint(base_url: str) -> str:
-    if not re.match(r"https?://[^/\s]+", base_url):
-        raise ConfigError(f"reward judge: base_url is {base_url!r}, expected a URL as in http://localhost:8000/v1")
-    return f"{base_url.rstrip('/').removesuffix('/chat/completions')}/chat/completions"
-
-
-def _authorization(variable: str | None) -> dict[str, str]:
-    if variable is None:
-        return {}
-    if not os.environ.get(variable):
-        raise ConfigError(
-            f"reward judge: api_key_env is {variable!r}, but that environment variable is not set; set it to the key, "
-            "or leave api_key_env out for an endpoint without keys"
-        )
-    return {"Authorization": f"Bearer {os.environ[variable]}"}
-
-
 def _text_of(response: httpx2.Response) -> str:
     try:
         choice = response.json()["choices"][0]
@@ -221,16 +158,3 @@ def _text_of(response: httpx2.Response) -> str:
     if not isinstance(content, str):
         raise RewardError(f"the judge answered without text: {content!r:.200}")
     return content
-
-
-def _pause(attempt: int) -> float:
-    """Seconds before the next attempt: twice as long each time, and never the same for all who wait."""
-    return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt) * random.uniform(0.5, 1.0)
-
-
-def _asked_pause(response: httpx2.Response) -> float | None:
-    """What the server asks for in `Retry-After`, where that is a number of seconds."""
-    try:
-        return min(LONGEST_PAUSE_S, max(0.0, float(response.headers["Retry-After"])))
-    except (KeyError, ValueError):
-        return None
