@@ -136,6 +136,15 @@ def test_adapter_off_is_not_the_reference_where_an_adapter_is_trained_on(folder,
     assert not reference_is_adapter_off(load_adapter(load(folder), tmp_path))
 
 
+def test_a_gaussian_beginning_is_normal_and_the_default_is_uniform(folder):
+    # Uniform within 1 / sqrt(64 inputs); normal with deviation 1 / rank.
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    uniform = adapted(folder, rank=16).get_submodule(layer).lora_A["default"].weight
+    normal = adapted(folder, rank=16, init="gaussian").get_submodule(layer).lora_A["default"].weight
+    assert uniform.abs().max() <= 1 / 8
+    assert normal.abs().max() > 2 / 16 and 0.9 / 16 < normal.std() < 1.1 / 16
+
+
 def test_rslora_scales_by_the_root_of_the_rank(folder):
     plain, stable = adapted(folder, rank=16, alpha=8), adapted(folder, rank=16, alpha=8, rslora=True)
     layer = "base_model.model.model.layers.0.self_attn.q_proj"
