@@ -56,7 +56,7 @@ def build(draft: Draft) -> Imported:
     result = Imported(draft.tool, draft.file, draft.method, combined.values, combined.sources)
     result.lost, result.idle, result.remarks = list(draft.lost), list(draft.idle), list(draft.remarks)
     _loss(result, combined)
-    _settle(result, combined, origin)
+    _settle(result, combined)
     _prune(result.values, (), result.sources, origin)
     return result
 
@@ -101,7 +101,7 @@ def _loss(result: Imported, combined: Combined) -> None:
         del combined.values["loss"]
 
 
-def _settle(result: Imported, combined: Combined, origin: str) -> None:
+def _settle(result: Imported, combined: Combined) -> None:
     """Take out what does not go with the rest, until only what is missing is wrong."""
     combined.values.setdefault("model", {})
     while True:
@@ -110,7 +110,7 @@ def _settle(result: Imported, combined: Combined, origin: str) -> None:
         if not removable:
             break
         for problem in removable:
-            _drop(result, problem.path, problem.text, silent=origin)
+            _drop(result, problem.path, problem.text)
     result.missing = problems
     if problems:
         result.config = None
@@ -125,18 +125,16 @@ def _holds(values: Any, path: Path) -> bool:
     return bool(path)
 
 
-def _drop(result: Imported, path: Path, why: str, silent: str = "") -> None:
-    """Remove a setting and what lies beneath; each is told with where it came from, but for defaults."""
+def _drop(result: Imported, path: Path, why: str) -> None:
+    """Remove a setting and what lies beneath; each is told with where it came from."""
     node: Any = result.values
     for part in path[:-1]:
         node = node[part]
     value = node.pop(path[-1])
     depth = len(path)
     for inner in [one for one in result.sources if one[:depth] == path]:
-        source = result.sources.pop(inner)
-        if not (silent and source.endswith(silent)):
-            name, _, place = source.rpartition(" in ")
-            result.lost.append(Left(name or dotted(inner), _at(value, inner[depth:]), place, why))
+        name, _, place = result.sources.pop(inner).rpartition(" in ")
+        result.lost.append(Left(name or dotted(inner), _at(value, inner[depth:]), place, why))
 
 
 def _at(value: Any, path: Path) -> Any:
