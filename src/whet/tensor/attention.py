@@ -7,11 +7,13 @@ for decoding. No model code is changed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 NAME = "whet"
 
@@ -43,16 +45,36 @@ AttentionInterface.register(NAME, _attend)
 AttentionMaskInterface.register(NAME, _no_mask)
 
 
+_configs: WeakKeyDictionary[PreTrainedModel, list[PreTrainedConfig]] = WeakKeyDictionary()
+
+
 @contextmanager
-def attention(model: PreTrainedModel):
+def attention(model: PreTrainedModel) -> Iterator[None]:
     """Within this context the model attends by the `attention_context` given to its forward call.
 
     Call it as `decoder(input_ids=…, position_ids=…, attention_mask=None, use_cache=False,
     attention_context=context)`.
     """
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    # To look through all modules, as transformers' own switch does, takes as long as a layer takes to decode a token.
+    if model not in _configs:
+        _configs[model] = _switchable(model)
+    configs = _configs[model]
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = NAME
     try:
         yield
     finally:
-        model.set_attn_implementation(before or "eager")
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
+
+
+def _switchable(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configurations, of the model and of models inside it, that transformers lets our attention be set in."""
+    found = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    before = [(config, config._attn_implementation) for config in found.values()]
+    model.set_attn_implementation(NAME)
+    switched = [config for config, _ in before if config._attn_implementation == NAME]
+    for config, own in before:
+        config._attn_implementation = own
+    return switched
