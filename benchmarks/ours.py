@@ -13,7 +13,7 @@ from whet.compose import compose
 from whet.config.run import RunConfig
 
 
-def configuration(args: argparse.Namespace, **sections: dict[str, Any]) -> RunConfig:
+def configuration(args: argparse.Namespace, **sections: Any) -> RunConfig:
     """As many steps as asked, on the CPU, AdamW without decay, nothing evaluated or saved.
 
     With `--own-defaults` the precision of matrix products is whet's own choice.

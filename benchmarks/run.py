@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.assets import make
 from benchmarks.pair import ENVIRONMENT, ROOT, compare, table, take_turns
@@ -44,6 +45,62 @@ SFT_PEERS = {
 }
 # Memory is compared under the allocator's own settings: ours would keep what was freed.
 PLAIN_ALLOCATOR = {name: value for name, value in ENVIRONMENT.items() if name not in ALLOCATOR}
+
+MEMORY: dict[str, Any] = {"metric": "peak_mb", "lower": True, "environment": PLAIN_ALLOCATOR}
+
+
+def preference(
+    what: str,
+    arguments: str,
+    *,
+    model: str = "small",
+    steps: str = "--warmup 1 --steps 4",
+    ours: str = "",
+    peers: Mapping[str, str] | None = None,
+    goals: Mapping[str, float] | None = None,
+    metric: str = "tokens_per_cpu_s",
+    lower: bool = False,
+    environment: Mapping[str, str] = ENVIRONMENT,
+) -> Case:
+    """Rows that hold a judgement. `ours` and `peers` add arguments, the peers' by name."""
+    return Case(
+        what=what,
+        ours=f"ours_preference {ours}",
+        peers={name: f"trl_preference {own}" for name, own in (peers or {"trl": ""}).items()},
+        arguments=f"--model {{assets}}/{model} {arguments} {steps}",
+        goals=goals or {"trl": 2.0},
+        own_defaults=False,
+        metric=metric,
+        lower=lower,
+        environment=environment,
+    )
+
+
+def distillation(
+    what: str,
+    lmbda: int,
+    *,
+    model: str = "small",
+    teacher: str = "teacher",
+    steps: str = "--warmup 1 --steps 4",
+    metric: str = "tokens_per_cpu_s",
+    lower: bool = False,
+    environment: Mapping[str, str] = ENVIRONMENT,
+) -> Case:
+    """The same rows, teacher and divergence; with `lmbda` 1 the student samples the completions."""
+    rows = "--data {assets}/sft.jsonl"
+    return Case(
+        what=what,
+        ours="ours_gkd",
+        peers={"trl": "trl_gkd"},
+        arguments=f"--model {{assets}}/{model} --teacher {{assets}}/{teacher} {rows} --lmbda {lmbda} {steps}",
+        goals={"trl": 2.0},
+        own_defaults=False,
+        metric=metric,
+        lower=lower,
+        environment=environment,
+    )
+
 
 CASES = {
     "sft": Case(
@@ -99,6 +156,63 @@ CASES = {
         lower=True,
         own_defaults=False,
         environment=PLAIN_ALLOCATOR,
+    ),
+    "dpo": preference(
+        "DPO, reference on line: 4 pairs per step, prompt of 256 tokens, 2 completions of 128",
+        "--method dpo --data {assets}/pairs_256.jsonl",
+        goals={"trl": 3.0},
+    ),
+    "dpo-precomputed": preference(
+        "DPO, reference computed before: 4 pairs per step, prompt of 256 tokens, 2 completions of 128",
+        "--method dpo --data {assets}/pairs_256.jsonl",
+        ours="--precompute",
+        peers={"trl precomputed": "--precompute", "trl on line": ""},
+        goals={"trl precomputed": 1.8},
+    ),
+    "dpo-lora": preference(
+        "DPO with LoRA of rank 16, reference on line: 4 pairs per step, prompt of 256 tokens, 2 completions of 128",
+        "--method dpo --rank 16 --data {assets}/pairs_256.jsonl",
+        goals={"trl": 3.0},
+    ),
+    "dpo-lora-precomputed": preference(
+        "DPO with LoRA of rank 16, reference computed before: 4 pairs per step, prompt of 256 tokens, "
+        "2 completions of 128",
+        "--method dpo --rank 16 --data {assets}/pairs_256.jsonl",
+        ours="--precompute",
+        peers={"trl precomputed": "--precompute", "trl on line": ""},
+        goals={"trl precomputed": 1.8},
+    ),
+    "reward": preference(
+        "reward model: 4 pairs per step, prompts of 24-384 tokens, completions of 16-512",
+        "--method reward --data {assets}/pairs.jsonl",
+        model="scorer",
+    ),
+    "kto": preference(
+        "KTO, reference on line: 8 rows per step, prompts of 24-384 tokens, completions of 16-512",
+        "--method kto --data {assets}/labelled.jsonl --batch-size 8",
+    ),
+    "cpo": preference(
+        "CPO with its NLL: 4 pairs per step, prompts of 24-384 tokens, completions of 16-512",
+        "--method cpo --data {assets}/pairs.jsonl",
+    ),
+    "gkd": distillation("GKD on the rows' completions, teacher of 16.8M: 4 rows of 32-1,000 tokens per step", 0),
+    "gkd-on-policy": distillation(
+        "GKD on the student's completions, teacher of 16.8M: 4 ragged prompts per step, 64 sampled tokens each", 1
+    ),
+    "dpo-memory": preference(
+        "DPO, peak memory with a vocabulary of 151,936, reference on line: 4 pairs of 256 and twice 128 tokens",
+        "--method dpo --data {assets}/pairs_256.jsonl",
+        model="wide",
+        steps="--warmup 1 --steps 1",
+        **MEMORY,
+    ),
+    "gkd-memory": distillation(
+        "GKD, peak memory with a vocabulary of 151,936 on both sides: 2 rows of 32-1,000 tokens",
+        0,
+        model="wide",
+        teacher="wide_teacher",
+        steps="--batch-size 2 --warmup 1 --steps 1",
+        **MEMORY,
     ),
 }
 
