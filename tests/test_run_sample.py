@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from reward_models import make_reward_model
-from runs import QUIET, at_call, config_of, flags_of, in_process, saved_weights, sums, write_rows
+from runs import QUIET, at_call, column, config_of, flags_of, in_process, saved_weights, sums, train, write_rows
 from whet import cli
-from whet.errors import CheckpointError, ConfigError, DataError, EngineError, RewardError
+from whet.errors import CheckpointError, ConfigError, DataError, EngineError, RewardError, WhetError
 from whet.models.tiny import make_tiny
 from whet.rollout.episode import play_episode
 from whet.sample.run import SampleRun, compose_sampling
@@ -146,6 +146,18 @@ def test_memory_is_bounded_by_two_steps(config, monkeypatch):
     assert most == 4 * 3  # a step at a time, all of it together
 
 
+def test_the_reward_model_of_sampling_serves_reinforcement_too(config, tmp_path: Path, tiny_qwen: Path, prompts: str):
+    model = make_reward_model(tiny_qwen, tmp_path / "reward")
+    settings = {"model__path": str(tiny_qwen), "data__train": prompts, "train__steps": 2, "rollout__max_tokens": 4}
+    reward = {"use": "model", "path": str(model)}
+    trained = config_of(
+        "grpo", tmp_path / "out", **settings, reward=reward, rollout__prompts_per_step=2, rollout__group_size=3
+    )
+    train(trained)
+    assert all(value != 0 for value in column(tmp_path / "out", "rollout/reward/model"))
+    assert column(tmp_path / "out", "rollout/num_failed") == [0, 0]
+
+
 # --- failures ---------------------------------------------------------------------------------------------
 
 
@@ -218,6 +230,7 @@ MOMENTS = {
     "between two steps": ("whet.sample.journal.Journal.write", 4, "after"),
     "after the last group": ("whet.sample.journal.Journal.write", NUM_PROMPTS, "after"),
     "while it samples": ("whet.engines.local.engine.LocalEngine._step", 10, "after"),
+    "while the rows are written": ("whet.sample.run.rows_of", 6, "before"),
     "before the rows take their place": ("whet.sample.run.os.fsync", 1, "before"),
     "between rows and report": ("whet.sample.run.write_lines", 2, "before"),
     "before the picture": ("whet.sample.run.draw", 1, "before"),
@@ -227,6 +240,8 @@ MOMENTS = {
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(config, undisturbed, tmp_path: Path, moment: str):
     assert in_process(_sample_and_die, config(), *MOMENTS[moment])[0] == -signal.SIGKILL
+    left = [name for name in FILES if (tmp_path / "out" / name).exists()]
+    assert all((tmp_path / "out" / name).read_bytes() == undisturbed[name] for name in left)  # whole, or not there
     report = sample(config())
     assert report and report["prompts"] == NUM_PROMPTS
     assert content(tmp_path / "out") == undisturbed
@@ -257,11 +272,22 @@ def test_a_run_may_be_killed_five_times_at_any_moment(tmp_path: Path, shared_dat
     assert len({row["group"] for row in pairs}) == len(pairs) >= 38
 
 
-def test_groups_in_the_journal_are_not_judged_again(config, tmp_path: Path, undisturbed):
+def test_an_interrupted_step_is_sampled_as_a_whole_and_judged_where_it_was_not(
+    config, tmp_path: Path, undisturbed, monkeypatch
+):
+    """Rounding depends on what is decoded together: only the same rows beside each other give the same bits."""
     assert in_process(_sample_and_die, config(), *MOMENTS["after a group"])[0] == -signal.SIGKILL
+    played: list[str] = []
+
+    async def counted(episode, *arguments, **options):
+        played.append(episode.group)
+        return await play_episode(episode, *arguments, **options)
+
+    monkeypatch.setattr("whet.rollout.group.play_episode", counted)
     seen: list[str] = []
     run = judged_by(config(), lambda episode: seen.append(episode.group) or letters(episode))
     asyncio.run(run.sample())
+    assert set(played) == {f"g{i}" for i in range(4, NUM_PROMPTS)} and len(played) == 3 * 8
     assert len(seen) == 3 * (NUM_PROMPTS - 6)
     assert content(tmp_path / "out") == undisturbed
 
@@ -348,7 +374,7 @@ def test_a_training_run_that_does_not_fit_is_refused_before_sampling(config, tmp
     }
     for said, settings in refused.items():
         then = then_file(tmp_path, tiny_qwen, **settings)
-        with pytest.raises((ConfigError, ValueError), match=said):
+        with pytest.raises(WhetError, match=said):
             compose_sampling(config(sample__then=then))
     with pytest.raises(ConfigError, match="cannot read the configuration"):
         compose_sampling(config(sample__then=str(tmp_path / "no.yaml")))
@@ -408,7 +434,7 @@ def test_what_is_wrong_is_told_on_one_screen_before_a_model_is_loaded(
 
 def test_a_folder_that_cannot_be_written_to_is_told(config, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("whet.sample.run.os.access", lambda path, mode: False)
-    with pytest.raises((ConfigError, CheckpointError), match="not writable"):
+    with pytest.raises(WhetError, match="not writable"):
         compose_sampling(config(sample__output=str(tmp_path / "rows.jsonl")))
 
 

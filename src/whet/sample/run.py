@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from whet.check.examine import examine
 from whet.checkpoints.disk import writing
 from whet.checkpoints.folder import RUN_FILE, check_folder, claimed
 from whet.checkpoints.save import checksum
@@ -25,8 +26,7 @@ from whet.errors import ConfigError, DataError
 from whet.feeds import PromptFeed
 from whet.log import Meter
 from whet.methods import Method
-from whet.models.load import check_model_folder, load_tokenizer
-from whet.roles import engine_maker, load_policy
+from whet.roles import load_policy
 from whet.rollout.group import GroupPlayer
 from whet.rollout.sampling import sampling_of
 from whet.sample.follow import following
@@ -156,25 +156,22 @@ class SampleRun:
 
 
 def compose_sampling(config: RunConfig) -> SampleRun:
-    """Check settings, the run that is to follow, folders, model files, rewards and prompts.
+    """Check model files, rewards and prompts, folders, and the run that is to follow; no model is loaded.
 
-    Raises ConfigError, DataError, CheckpointError or ModelError; no model is loaded.
+    Raises ConfigError, DataError, CheckpointError or ModelError, or SeveralErrors with all of them.
     """
-    engine_maker(config)
+    found = examine(config, SAMPLE, trains=False)
     output = Path(config.sample.output or Path(config.output_dir) / ROWS_FILE)
-    then = following(config, output)
-    check_folder(config.output_dir, config.model)
-    check_output(output, config)
-    positions = check_model_folder(config.model)
-    tokenizer = load_tokenizer(config.model)
-    feed = PromptFeed(config, tokenizer)
-    assert feed.train is not None, "a run without prompts is refused before"
-    if positions is not None and feed.longest > positions:
-        raise ConfigError(
-            f"prompt and completion may have {feed.longest:,} tokens, but the model has {positions:,} positions "
-            "(max_position_embeddings in its config.json); lower data.max_prompt_length or rollout.max_tokens, or use "
-            "a model that reads further"
-        )
+    then = None
+    with found.errors.going_on():
+        check_folder(config.output_dir, config.model)
+    with found.errors.going_on():
+        check_output(output, config)
+    with found.errors.going_on():
+        then = following(config, output)
+    found.errors.refuse()
+    feed, tokenizer = found.feed, found.tokenizer
+    assert isinstance(feed, PromptFeed) and feed.train and tokenizer, "what is missing has been refused"
     return SampleRun(config, feed, tokenizer, output, made_with(config, feed.train.prompts), then)
 
 
