@@ -104,7 +104,6 @@ TRL: Mapping[str, tuple[Any, Any]] = {
     "precompute_ref_log_probs": (True, {"reference.precompute": True}),
     "sync_ref_model": (True, {"reference.sync_steps": 512}),
     "ref_model_sync_steps": (64, {"reference.sync_steps": 64}),
-    "ref_model_mixup_alpha": (0.5, {"reference.sync_alpha": 0.5}),
     "use_peft": (True, {"model.adapter.type": "lora"}),
     "model_revision": ("v2", {"model.revision": "v2"}),
     "trust_remote_code": (True, {"model.trust_remote_code": True}),
@@ -455,6 +454,11 @@ def test_values_that_a_method_cannot_honour_are_refused(method: str, values: dic
 def test_beta_is_the_coefficient_of_the_penalty_in_reinforcement_learning():
     config = read("grpo", beta=0.04).config
     assert (config.kl.coef, config.loss) == (0.04, {})
+
+
+def test_the_share_of_the_policy_goes_with_a_reference_that_moves():
+    reference = read("dpo", sync_ref_model=True, ref_model_mixup_alpha=0.5).config.reference
+    assert (reference.sync_steps, reference.sync_alpha) == (512, 0.5)
 
 
 def test_the_stage_gives_way_to_a_loss_that_is_a_method_of_its_own():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from imports import Import, idle, loaded, lost
 
+from whet.config.aliases import ALIASES
 from whet.errors import ConfigError
 
 # As the launch scripts in slime's documentation are written.
@@ -40,7 +41,7 @@ ROLLOUT_ARGS=(
    --apply-chat-template
    --rollout-shuffle
 
-   --rm-type deepscaler
+   --rm-type math
 
    --num-rollout 3000
    --rollout-batch-size 32
@@ -228,10 +229,10 @@ def test_a_penalty_that_slime_would_not_read_is_idle(imported: Import):
     assert loaded(result).kl.coef == 0.1 and "k1 by default" in result.remarks[0]
 
 
-def test_a_reward_of_ones_own_must_be_rewritten_and_that_is_told(imported: Import):
+def test_what_becomes_of_a_reward_of_ones_own_is_told(imported: Import):
     result = imported("slime", small("--n-samples-per-prompt 4 --custom-rm-path my.rm.score"), "run.sh")
     assert loaded_without_method(result) == "my.rm.score"
-    assert "not with (args, sample)" in result.remarks[0] and "rm_type" in idle(result)
+    assert ALIASES["custom_rm_path"].note in result.remarks[0] and "rm_type" in idle(result)
 
 
 def loaded_without_method(result) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from whet.config.aliases import ALIASES
 from whet.errors import ConfigError
 from whet.migrate.draft import Draft, named
 from whet.migrate.shell import Script, Word, command_with, flags_of, read_script
@@ -82,10 +83,7 @@ def _method(draft: Draft) -> None:
     draft.defaults |= _DEFAULTS
     if draft.value("custom_rm_path"):
         draft.pass_over("rm_type", "custom_rm_path takes its place")
-        draft.remarks.append(
-            "the function of custom_rm_path is called with an episode here, not with (args, sample): rewrite it as "
-            "async (episode) -> float, with episode.response and episode.prompt.label"
-        )
+        draft.remarks.append(f"custom_rm_path: {ALIASES['custom_rm_path'].note}")
     _steps(draft)
 
 
