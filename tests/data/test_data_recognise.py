@@ -46,6 +46,9 @@ def test_rows_to_imitate_are_no_judgement(task: Task):
 def test_other_names_are_guessed_before_another_method():
     message = refusal("unpaired", "question", "answer", "is_correct")
     assert message.endswith("as in {prompt: question, completion: answer, label: is_correct}")
+    # Without its label this could be imitated, too.
+    message = refusal("unpaired", "prompt", "completion", "is_correct")
+    assert message.endswith("as in {prompt: prompt, completion: completion, label: is_correct}")
     message = refusal("preference", "problem", "winner", "loser")
     assert message.endswith("as in {prompt: problem, chosen: winner, rejected: loser}")
 
