@@ -25,6 +25,7 @@ import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -87,7 +88,7 @@ def make_models(folder: Path, corpus: list[str]) -> None:
     """The models, which have all the same tokenizer if they have the same vocabulary."""
     wide = {"vocab_size": 151_936, "num_layers": 2, **SHAPE}
     narrow = {"vocab_size": VOCABULARY, "num_layers": 4}
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "wide": wide,
         "wide_teacher": {**wide, "seed": 1},
         "small": {**narrow, **SHAPE},
