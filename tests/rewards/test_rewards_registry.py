@@ -8,7 +8,7 @@ import pytest
 
 from whet.config.rollout import RewardConfig
 from whet.errors import ConfigError
-from whet.rewards.registry import build_reward, build_scorer
+from whet.rewards.registry import build_scorer, named_reward
 from whet.types import Episode, Prompt
 
 MODULE = """
@@ -66,11 +66,11 @@ async def test_built_in_rewards_are_found_by_name():
 
 async def test_the_random_reward_is_the_same_for_the_same_episode_only():
     prompt = Prompt("p", [1], "")
-    coin = build_reward(RewardConfig(use="random"))
+    coin = named_reward(RewardConfig(use="random")).reward
     tosses = [coin(Episode(prompt, "g0", index)) for index in range(200)]
     assert tosses == [coin(Episode(prompt, "g0", index)) for index in range(200)]
     assert 60 < sum(tosses) < 140
-    other = build_reward(RewardConfig(use="random", seed=1))
+    other = named_reward(RewardConfig(use="random", seed=1)).reward
     assert tosses != [other(Episode(prompt, "g0", index)) for index in range(200)]
 
 

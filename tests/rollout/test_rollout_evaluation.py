@@ -30,6 +30,8 @@ class Table:
         else:
             episode.reward, episode.rewards = reward, {"table": reward}
 
+    async def score_group(self, episodes) -> None: ...
+
     def report_failures(self, episodes) -> None:
         self.reported = len(episodes)
 

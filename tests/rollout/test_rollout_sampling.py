@@ -32,6 +32,8 @@ class Scorer:
         else:
             episode.reward, episode.rewards = float(value), {"mine": float(value)}
 
+    async def score_group(self, episodes) -> None: ...
+
     def report_failures(self, episodes) -> None:
         played = [episode for episode in episodes if episode.status != "aborted"]
         if played and all(episode.status == "failed" for episode in played):

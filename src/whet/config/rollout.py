@@ -51,6 +51,13 @@ class RewardConfig(Plugin):
     """Factor of this reward in the sum."""
     timeout_s: float = Field(default=60.0, gt=0)
     """Most seconds for one call."""
+    key: str | None = None
+    """Which part counts, of a reward that returns several by name; `score`, or their sum, when not given."""
+    group: bool | None = None
+    """Whether a function of your own judges a whole group at once, `(episodes) -> list of numbers`. Found from the
+    name of its parameter when not given."""
+    by_type: dict[str, dict] = Field(default_factory=dict)
+    """Options of the rewards that rows choose by `rm_type` in their metadata, as in `{code: {memory_mb: 256}}`."""
 
 
 class KLConfig(Config):

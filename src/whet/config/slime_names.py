@@ -25,9 +25,8 @@ _PASSED_THROUGH = "engines beside the embedded one are not in this version; samp
 _OWN_CODE = "a function of slime's own signature cannot be called here; see docs/extending.md for the one that can"
 
 
-def _reward(value: object) -> Converted:
-    """What ranks answers to mathematical questions elsewhere is `math` here."""
-    return {"reward.use": "math" if value in ("deepscaler", "dapo") else value}
+def _grouped(value: object) -> Converted:
+    return {"reward.group": True} if read.switch(value) else {}
 
 
 def _per_token(value: object) -> Converted:
@@ -118,19 +117,11 @@ SLIME_NAMES = [
         "the upper limit too, unless `eps_clip_high` is given",
     ),
     renamed(_SLIME, "eps_clip_high", "loss.clip_high"),
-    converted(
-        _SLIME,
-        "rm_type",
-        "reward.use",
-        _reward,
-        "`math`, `deepscaler` and `dapo` are `math`: 1 for a right answer, else 0",
-    ),
-    renamed(
-        _SLIME,
-        "custom_rm_path",
-        "reward.use",
-        "a reward of your own: slime calls it with (args, sample), here it is `async (episode) -> float`",
-    ),
+    renamed(_SLIME, "rm_type", "reward.use", "rows may choose another by `rm_type` in their metadata"),
+    renamed(_SLIME, "custom_rm_path", "reward.use", "functions of `(args, sample)` run as they are"),
+    converted(_SLIME, "group_rm", "reward.group", _grouped, "false leaves it to the function", switch=True),
+    renamed(_SLIME, "reward_key", "reward.key"),
+    renamed(_SLIME, "rm_url", "reward.rm_url"),
     refused(_SLIME, "over_sampling_batch_size", _FILTERED),
     refused(_SLIME, "dynamic_sampling_filter_path", _FILTERED),
     refused(_SLIME, "partial_rollout", _LEFT_OVER),
@@ -159,7 +150,6 @@ SLIME_NAMES = [
     ),
     _zero("kl_coef", "the penalty is a term of the loss here, never a part of the reward; use kl.coef"),
     refused(_SLIME, "eval_top_k", "held-out completions are sampled from all tokens (eval.top_p)", off=(None,)),
-    refused(_SLIME, "reward_key", "a reward is one number, or several whose weighted sum it is", off=(None,)),
     idle(
         _SLIME, "rollout_max_context_len", "rollout.max_tokens limits completions, the model's positions all", only=None
     ),

@@ -19,6 +19,8 @@ class MathReward:
     is then wrong).
     """
 
+    reads_boxes = True  # what stands in a box need not be a number
+
     def __init__(
         self,
         *,
@@ -39,8 +41,13 @@ class MathReward:
 
     async def grade(self, response: str, label: Any) -> float:
         """1.0 or 0.0. Raises ValueError for a label without an answer, RewardError if no worker starts."""
+        return await self.grade_answer(self.answer(response) or "", label)
+
+    async def grade_answer(self, answer: str, label: Any) -> float:
+        """The same for an answer that was found already; an empty one is wrong, and a box around it is taken off."""
         expected = label_text(label)
-        answer = self.answer(response)
+        boxed = last_boxed(answer)
+        answer = tidy(answer if boxed is None else boxed)
         if not answer:
             return 0.0
         if answer == expected:
@@ -57,4 +64,4 @@ class MathReward:
         boxed = last_boxed(response)
         if boxed is None and self._last_number:
             boxed = last_number(response)
-        return None if boxed is None else tidy(boxed)
+        return boxed

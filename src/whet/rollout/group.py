@@ -69,13 +69,17 @@ class GroupPlayer:
         start = time.monotonic()
         ends: list[float] = []
         episodes = [Episode(prompt, group, index) for group, prompt in prompts for index in range(size)]
-        await gather_or_cancel(self._play_one(episode, ends) for episode in episodes)
         groups = [episodes[first : first + size] for first in range(0, len(episodes), size)]
+        await gather_or_cancel(self._play_group(members, ends) for members in groups)
         return Rollout(
             tuple(Group(members[0].group, tuple(members)) for members in groups),
             generation_s=max(ends, default=start) - start,
             total_s=time.monotonic() - start,
         )
+
+    async def _play_group(self, members: Sequence[Episode], ends: list[float]) -> None:
+        await gather_or_cancel(self._play_one(episode, ends) for episode in members)
+        await self._scorer.score_group(members)
 
     async def _play_one(self, episode: Episode, ends: list[float]) -> None:
         try:

@@ -77,11 +77,12 @@ EnvFactory = Callable[[Prompt, Any], Env]
 class Reward(Protocol):
     """A function of a finished episode, sync or async.
 
-    A dict is recorded part by part; its `score` is what counts, or the sum of all parts without one.
-    None, a number that is not finite, or an exception marks the episode as failed. A reward may have a
-    method `check(prompt)` that raises ValueError for a prompt which it could never judge, a method
-    `load(backend)` that loads a model under the run's `BackendConfig`, and a number `max_concurrent` of calls
-    that it takes at a time.
+    A dict is recorded part by part; its `score` is what counts, or the sum of all parts without one. Text
+    beside a `score` is left out. None, a number that is not finite, or an exception marks the episode as
+    failed. A reward may have a method `check(prompt)` that raises ValueError for a prompt which it could never
+    judge, a method `load(backend)` that loads a model under the run's `BackendConfig`, a method
+    `report(episodes)` that logs what is to be said of a whole batch, and a number `max_concurrent` of calls that
+    it takes at a time.
     """
 
     def __call__(self, episode: Episode) -> float | dict[str, float] | Awaitable[float | dict[str, float]]: ...
@@ -102,8 +103,15 @@ class Scorer(Protocol):
         """Fill in `reward` and `rewards`, or mark the episode as failed and say why in `error`."""
         ...
 
+    async def score_group(self, episodes: Sequence[Episode]) -> None:
+        """Fill in what follows from a whole group, all of whose members have been through `score`."""
+        ...
+
     def report_failures(self, episodes: Sequence[Episode]) -> None:
-        """Warn of failed episodes. Raises RewardError with the first cause if all failed."""
+        """Warn of failed episodes, and of what rewards have to say of a batch.
+
+        Raises RewardError with the first cause if all failed.
+        """
         ...
 
     def report_uniform(self, episodes: Sequence[Episode]) -> None:

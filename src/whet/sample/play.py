@@ -19,6 +19,8 @@ class Unscored:
 
     async def score(self, episode: Episode) -> None: ...
 
+    async def score_group(self, episodes: Sequence[Episode]) -> None: ...
+
 
 class StepPlayer:
     """Plays what is missing in a journal, `per_step` prompts at a time.
@@ -99,6 +101,7 @@ class StepPlayer:
     async def _score(self, position: int, playing: asyncio.Task[Group]) -> Group:
         group = await asyncio.shield(playing)
         await asyncio.gather(*(self._scorer.score(episode) for episode in group.episodes))
+        await self._scorer.score_group(group.episodes)
         if any(episode.reward is not None for episode in group.episodes):
             self._write(position, group)
         return group
