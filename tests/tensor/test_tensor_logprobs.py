@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from heads import Head, Largest, rows_per_chunk
@@ -141,6 +144,19 @@ def test_a_second_backward_gives_the_same_gradient(monkeypatch: pytest.MonkeyPat
     (first,) = torch.autograd.grad(total, hidden, retain_graph=True)
     (second,) = torch.autograd.grad(total, hidden)
     assert torch.allclose(first, second, atol=1e-6)
+
+
+def test_what_a_step_held_is_freed_at_once():
+    hidden, head, targets = problem()
+    gc.disable()
+    try:
+        out = token_logprobs(hidden.requires_grad_(), head, targets, extras=EXTRAS)
+        held = [weakref.ref(value) for value in (*out.values(), out["logprobs"].grad_fn)]
+        (out["logprobs"] + out["entropy"]).sum().backward()
+        del out
+        assert [one() for one in held] == [None] * len(held)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": True, "softcap": 6.0}], ids=["plain", "bias and softcap"])

@@ -65,11 +65,10 @@ class Divergence:
         return (logits.like.new_empty(count),)
 
     def enter(self, span: slice) -> None:
-        with torch.no_grad():
-            if self._teacher is None:
-                bias = None if self._head.bias is None else self._head.bias[: self.width]
-                self._teacher = Logits(self._hidden, self._head.weight[: self.width], bias, self._spec)
-            self._chunk = self._teacher.chunk(span)
+        if self._teacher is None:
+            bias = None if self._head.bias is None else self._head.bias[: self.width]
+            self._teacher = Logits(self._hidden, self._head.weight[: self.width], bias, self._spec)
+        self._chunk = self._teacher.chunk(span)
 
     def leave(self) -> None:
         self._teacher = self._chunk = None

@@ -15,6 +15,8 @@ from torch import Tensor
 CHUNK_MB = 128
 BLOCK_ELEMENTS = 2**19
 """Logits that are worked on at a time: 2 MiB stay in a core's cache between one operation and the next."""
+GPU_BLOCK_ELEMENTS = 2**23
+"""The same on a GPU, which would rather have few large operations; it bounds what they need beside the chunk."""
 
 
 class HeadWeights(Protocol):
@@ -129,8 +131,8 @@ class Logits:
 
     def blocks(self, chunk: Tensor, span: slice) -> Iterator[Block]:
         """The chunk of this span, a few rows at a time."""
-        # A GPU would rather have few large operations.
-        rows = max(1, BLOCK_ELEMENTS // len(self.weight)) if chunk.device.type == "cpu" else self._longest
+        elements = BLOCK_ELEMENTS if chunk.device.type == "cpu" else GPU_BLOCK_ELEMENTS
+        rows = max(1, elements // len(self.weight))
         for start in range(0, len(chunk), rows):
             z = chunk[start : start + rows]
             stop = start + len(z)
