@@ -6,8 +6,7 @@ A feed reads and checks all its data when it is made, before a model is there. `
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,7 +63,7 @@ class RowFeed:
         errors: Gathering | None = None,
     ):
         self.config, self.tokenizer = config, tokenizer
-        with told_together(errors) as errors:
+        with Gathering.of(errors) as errors:
             self.train, self.eval = _read(config, tokenizer, partial(prepare, task=task), errors)
 
     def __len__(self) -> int:
@@ -130,12 +129,12 @@ class PromptFeed:
 
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, errors: Gathering | None = None):
         self.config, self.tokenizer = config, tokenizer
-        with told_together(errors) as errors:
+        with Gathering.of(errors) as errors:
             with errors.going_on():
                 self.env = build_env(config.env)
             self.train, self.eval = _read(config, tokenizer, prepare_prompts, errors)
             with errors.going_on():
-                self.scorer = build_scorer(config.reward)
+                self.scorer = build_scorer(config.reward, run=config)
                 for part in (self.train, self.eval):
                     if part is not None:
                         self.scorer.check(part)
@@ -212,7 +211,7 @@ def _read(config: RunConfig, tokenizer: PreTrainedTokenizerBase, read: Callable,
     for what, paths in (("train", data.train), ("eval", data.eval)):
         if paths is not None:
             with errors.going_on():
-                found[what] = read(data, paths, tokenizer, what=what)
+                found[what] = read(data, paths, tokenizer, what=what, errors=errors)
     train, held = found["train"], found["eval"]
     if train is not None and data.eval_share:
         with errors.going_on():
@@ -229,12 +228,3 @@ def _read(config: RunConfig, tokenizer: PreTrainedTokenizerBase, read: Callable,
         with errors.going_on():
             raise ConfigError(text)
     return train, held
-
-
-@contextmanager
-def told_together(errors: Gathering | None) -> Iterator[Gathering]:
-    """A gathering of errors that refuses at the end, unless the caller brought one and will do so."""
-    own = errors if errors is not None else Gathering()
-    yield own
-    if errors is None:
-        own.refuse()
