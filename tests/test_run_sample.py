@@ -438,6 +438,14 @@ def test_a_folder_that_cannot_be_written_to_is_told(config, tmp_path: Path, monk
         compose_sampling(config(sample__output=str(tmp_path / "rows.jsonl")))
 
 
+def test_check_looks_at_a_sampling_run_too(tmp_path: Path, tiny_qwen: Path, prompts: str, capsys):
+    flags = {"method": "sample", "model.path": str(tiny_qwen), "data.train": prompts, "output_dir": str(tmp_path / "o")}
+    assert cli.main(["check", *flags_of({**flags, "reward": "exact"})]) == 0
+    assert "nothing stands in the way" in capsys.readouterr().out
+    assert cli.main(["check", *flags_of({**flags, "reward": "exact", "rollout.max_tokens": 5000})]) != 0
+    assert "4,096 positions" in capsys.readouterr().out
+
+
 def test_sampling_is_refused_to_other_methods():
     done = subprocess.run(
         [sys.executable, "-m", "whet.cli", "sft", "--model.path", "x", "--data.train", "y", "--sample.keep", "2"],

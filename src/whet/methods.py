@@ -134,6 +134,9 @@ _ALL = (
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 """Built-in methods by name; a configuration may change terms, credit and annotations."""
 
+SAMPLE = Method("sample", "prompts", terms=())
+"""Rejection sampling, which trains nothing: it has no place among the methods that a loop runs."""
+
 REFERENCE = Annotate("reference", "logprobs", "ref_logprobs")
 
 

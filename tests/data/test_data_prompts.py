@@ -111,3 +111,12 @@ def test_real_problems_are_prompts_with_their_answer_as_label(
     assert len(prompts) == 1319
     assert prompts[0].id == "eval/0" and prompts[0].label.endswith("#### 18")
     assert tokenizer.decode(prompts[0].tokens) == prompts[0].content
+
+
+def test_a_system_message_beside_a_text_is_kept_with_it(tokenizer, write_rows, settings):
+    row = {"prompt": "Hi", "system": "Be brief."}
+    prompts = prepare_prompts(settings(chat="always", prompt_template="<{prompt}>"), write_rows(row), tokenizer)
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<Hi>"}]
+    assert prompts[0].content == said
+    again = prepare_prompts(settings(), write_rows({"prompt": said}), tokenizer)
+    assert again[0].tokens == prompts[0].tokens  # rows made of it are asked in the same words

@@ -21,7 +21,7 @@ from whet.data.prompts import Prompts
 from whet.errors import ConfigError, Gathering, WhetError
 from whet.feeds import PromptFeed, RowFeed
 from whet.keeper import Keeper
-from whet.methods import METHODS, Method
+from whet.methods import METHODS, SAMPLE, Method
 from whet.models.load import check_model_folder, load_tokenizer, stop_tokens_in_files
 from whet.models.vocabulary import check_same_vocabulary
 from whet.recipe import method_of
@@ -59,6 +59,8 @@ def examine(config: RunConfig, method: Method | None = None, *, trains: bool = T
     Nothing is written but the cache of tokenised rows, and no weight is loaded. Without `trains`, what is only
     needed for training is left out.
     """
+    if config.method == SAMPLE.name:
+        method, trains = SAMPLE, False
     found = Examined(config, method=method)
     _settings(found, trains)
     if config.model.path != UNKNOWN:

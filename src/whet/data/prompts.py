@@ -18,7 +18,7 @@ from whet.data.shapes import PROMPT_SHAPES, PromptRow
 from whet.data.template import Renderer
 from whet.data.tokenise import Progress, tokenise
 from whet.errors import DataError
-from whet.types import Prompt
+from whet.types import Message, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def prepare_prompts(
 
     Plain text stands as it is (`data.prompt_template` around it), or as a user message when `data.chat`
     is `always`. `tools` of a row are rendered and kept in the prompt's metadata. Prompts longer than
-    `data.max_prompt_length` are dropped and counted.
+    `data.max_prompt_length` are dropped and counted. Plain text with a system message is kept as two messages.
     Raises DataError for files and rows that cannot be used, all at once, and when more than
     `data.max_cut_share` of the rows is dropped; ModelError when the tokenizer lacks a chat template.
     """
@@ -97,7 +97,7 @@ def prepare_prompts(
             continue
         lengths.append(len(encoded.tokens))
         if cfg.max_prompt_length is None or lengths[-1] <= cfg.max_prompt_length:
-            kept.append(_prompt(f"{what}/{placed.index}", placed.item, encoded))
+            kept.append(_prompt(f"{what}/{placed.index}", placed.item, renderer.said(placed.item), encoded))
     problems.raise_any()
     report = _report(kept, lengths)
     refuse_share(
@@ -113,9 +113,9 @@ def prepare_prompts(
     return Prompts(tuple(kept), report)
 
 
-def _prompt(name: str, row: PromptRow, encoded: Encoded) -> Prompt:
+def _prompt(name: str, row: PromptRow, content: str | list[Message], encoded: Encoded) -> Prompt:
     metadata = {**row.metadata, **({"tools": row.tools} if row.tools else {})}
-    return Prompt(name, tuple(encoded.tokens.tolist()), row.prompt, row.label, metadata)
+    return Prompt(name, tuple(encoded.tokens.tolist()), content, row.label, metadata)
 
 
 def _report(kept: Sequence[Prompt], lengths: Sequence[int]) -> PromptReport:

@@ -68,6 +68,13 @@ class Renderer:
             )
         return [sequence for sequences in rendered for sequence in sequences]
 
+    def said(self, row: PromptRow) -> str | list[Message]:
+        """What a prompt says: text or messages, a system message beside a text included."""
+        if not row.system or isinstance(row.prompt, list):
+            return row.prompt
+        text = self._in_prompt_template(row.prompt)
+        return [{"role": "system", "content": row.system}, {"role": "user", "content": text}]
+
     def prompt(self, row: PromptRow) -> Rendered:
         """A prompt up to where the completion begins."""
         messages = row.prompt

@@ -25,7 +25,7 @@ from whet.data.rows import parse_sources
 from whet.errors import ConfigError, DataError
 from whet.feeds import PromptFeed
 from whet.log import Meter
-from whet.methods import Method
+from whet.methods import SAMPLE
 from whet.roles import load_policy
 from whet.rollout.group import GroupPlayer
 from whet.rollout.sampling import sampling_of
@@ -40,7 +40,6 @@ from whet.types import Prompt
 logger = logging.getLogger(__name__)
 
 ROWS_FILE, REPORT_FILE, PICTURE_FILE = "rows.jsonl", "report.json", "scores.png"
-SAMPLE = Method("sample", "prompts", terms=())
 NOT_ASKED = {"timeout_s", "request_timeout_s", "retries", "max_concurrent", "api_key_env", "optimizer_steps"}
 """Settings that decide how long something may take, not what comes out: they may change while a run goes on."""
 
