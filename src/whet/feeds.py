@@ -101,7 +101,8 @@ class RowFeed:
         root = Path(data.cache_dir).expanduser() if data.cache_dir else cache.default_folder()
         for stage, role in policy.computed_once:
             model = policy.backends[role]
-            read = partial(computed_once, stage=stage, model=model, role=role, key=policy.content(role), root=root)
+            known = {"role": role, "key": policy.content(role), "root": root, "max_gb": data.cache_gb}
+            read = partial(computed_once, stage=stage, model=model, **known)
             self.train, self.eval = (None if part is None else read(part) for part in (self.train, self.eval))
             policy.release(role)
 

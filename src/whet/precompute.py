@@ -24,11 +24,14 @@ logger = logging.getLogger(__name__)
 UNITS_PER_BATCH = 64
 
 
-def computed_once(rows: Prepared, stage: Annotation, model: Backend, *, role: str, key: str, root: Path) -> Prepared:
+def computed_once(
+    rows: Prepared, stage: Annotation, model: Backend, *, role: str, key: str, root: Path, max_gb: float
+) -> Prepared:
     """`rows` with the columns that `stage` writes, computed now or read from `root`.
 
     `model` takes the stage's `role`; `key` says everything that the columns follow from beside the rows and the
-    stage: the model's content, temperature and arithmetic. Raises DataError where nothing can be kept.
+    stage: the model's content, temperature and arithmetic. What was not used for longest makes room in `root`, which
+    holds at most `max_gb` gigabytes. Raises DataError where nothing can be kept.
     """
     parts = [rows.fingerprint, rows.selection.tolist(), repr(stage), key]
     name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -39,6 +42,7 @@ def computed_once(rows: Prepared, stage: Annotation, model: Backend, *, role: st
         with tempfile.TemporaryDirectory(dir=root) as draft:
             cache.store(folder, _compute(rows, stage, model, role, Path(draft)), {})
             found = cache.load(folder)
+        cache.trim(root, max_gb, keep=folder)
         assert found is not None, f"{folder} was written and cannot be read"
     else:
         logger.info("%s of the %s rows are read from %s", ", ".join(sorted(stage.writes)), rows.what, folder)
