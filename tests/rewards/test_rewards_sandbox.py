@@ -35,9 +35,16 @@ def sandbox(isolation: str) -> Sandbox:
 @pytest.fixture(params=["namespaces", "landlock", "sealed"])
 def closed(request: pytest.FixtureRequest) -> Sandbox:
     """A sandbox of each kind that this machine allows."""
+    return available(request.param)
+
+
+def available(isolation: str) -> Sandbox:
+    """The sandbox, unless this machine has not what it needs; one that does not hold is an error."""
     try:
-        return sandbox(request.param)
+        return sandbox(isolation)
     except ConfigError as error:
+        if "there is no sandbox" not in str(error):
+            raise
         pytest.skip(str(error))
 
 
@@ -211,10 +218,10 @@ async def test_the_same_would_work_without_a_sandbox(name: str, tmp_path: Path, 
     assert "done" in run.output, run
 
 
-async def test_the_environment_is_empty(closed: Sandbox, monkeypatch: pytest.MonkeyPatch):
+async def test_nothing_of_the_environment_is_seen(closed: Sandbox, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SECRET_KEY", "42")
-    run = await closed.run("import os; print(dict(os.environ), os.environb)")
-    assert run.output == "{} environ({})\n"
+    run = await closed.run("import os, posix; print(sorted(os.environ), b'SECRET_KEY' in posix.environ)")
+    assert run.output == f"{sorted(server.ONE_THREAD)} False\n"
 
 
 async def test_endless_loops_end_even_if_they_hold_on_to_everything(closed: Sandbox):
@@ -407,6 +414,8 @@ async def test_it_holds_without_privileges_too(isolation: str, monkeypatch: pyte
     try:
         box = Sandbox(isolation, num_servers=1, python=SYSTEM_PYTHON)  # type: ignore[arg-type]
     except ConfigError as error:
+        if "there is no sandbox" not in str(error):
+            raise
         pytest.skip(str(error))
     (tmp_path / "secret").write_text("the answer")
     for name in (

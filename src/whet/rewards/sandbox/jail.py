@@ -131,7 +131,11 @@ def limit(*, memory_bytes: int, cpu_s: int, files: int, processes: int | None) -
     for kind, most in ((kind, most) for kind, most in limits if most is not None):
         _, hard = resource.getrlimit(kind)
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (most, most))
+        try:
+            resource.setrlimit(kind, (most, most))
+        except (ValueError, OSError):
+            if sys.platform == "linux":  # other systems have not all of these, and no sandbox either
+                raise
 
 
 def _libc() -> ctypes.CDLL:

@@ -49,9 +49,11 @@ deeds = {
     "signal its parent": lambda: os.kill(os.getppid(), 0),
 }
 done = [name for name, deed in deeds.items() if not refused(deed)]
-done += ["see the environment"] if os.environ else []
+done += ["see the environment"] if not all(name.endswith("_NUM_THREADS") for name in os.environ) else []
 """
 """A program that tries what no program may do."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""All that is left of the environment: numpy would ask for the memory of a thread per processor."""
 _READ_BYTES = 1 << 16
 _PAUSE_S, _CLOSED_PAUSE_S = 0.02, 0.001
 
@@ -63,6 +65,7 @@ def main(isolation: str) -> None:
     for descriptor in (0, 1):
         os.dup2(null, descriptor)
     os.environ.clear()
+    os.environ.update(ONE_THREAD)
     for name in EVERYDAY.split():
         importlib.import_module(name)
     entered, refused = ("none", {}) if isolation == "none" else enter(isolation)
