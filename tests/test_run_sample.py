@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from runs import QUIET, at_call, column, config_of, flags_of, in_process, saved_
 from whet import cli
 from whet.errors import CheckpointError, ConfigError, DataError, EngineError, RewardError, WhetError
 from whet.models.tiny import make_tiny
+from whet.rewards.score import NamedReward, RewardScorer
 from whet.rollout.episode import play_episode
 from whet.sample.run import SampleRun, compose_sampling
 from whet.types import Episode
@@ -180,7 +180,7 @@ def test_when_all_fail_the_run_ends_and_what_failed_is_tried_again(config, tmp_p
 def judged_by(config: Any, function: Any) -> SampleRun:
     """The run with another function in the place of its reward, as after a repair."""
     run = compose_sampling(config)
-    run.feed.scorer.rewards = (replace(run.feed.scorer.rewards[0], reward=function),)
+    run.feed.scorer = RewardScorer([NamedReward("letters", function)])
     return run
 
 
