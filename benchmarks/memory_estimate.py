@@ -8,7 +8,7 @@ python -m benchmarks.memory_estimate [NAME …]
 | middle | 31M | 32,000 |
 | large | 124M | 151,936 |
 
-Each run is a process of its own on the CPU, `whet sft|dpo|grpo` as a user would start it, for three steps. Its peak is
+Each run is a process of its own on the CPU, `whet sft|dpo|grpo` as a user would start it, for two steps. Its peak is
 the kernel's high-water mark of the whole process. The last column is the estimate over the peak.
 """
 
@@ -32,10 +32,10 @@ SIZES = {
     "large": {"vocab_size": 151_936, "hidden_size": 512, "num_layers": 16, "intermediate_size": 1408},
 }
 HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 64}
-STEPS = 3
+STEPS = 2
 METHODS = {
-    "sft": {"train.batch_size": 8},
-    "dpo": {"train.batch_size": 4},
+    "sft": {"train.batch_size": 4},
+    "dpo": {"train.batch_size": 2},
     "grpo": {
         "rollout.prompts_per_step": 2,
         "rollout.group_size": 8,

@@ -92,8 +92,6 @@ def compose(config: RunConfig, method: Method | None = None) -> Run:
     if keeper.found:
         keeper.restore(loop)
         logger.info("going on from %s", keeper.found)
-        if changed := keeper.changes():
-            logger.warning("settings are others than those it was trained with: %s", "; ".join(changed))
     logger.info(", ".join(f"{name} {value}" for name, value in policy.backend.describe().items()))
     return Run(policy, feed, loop, keeper, connected.engine)
 

@@ -63,6 +63,15 @@ class Gathering:
         except WhetError as error:
             self._note([error])
 
+    @classmethod
+    @contextmanager
+    def of(cls, errors: Gathering | None) -> Iterator[Gathering]:
+        """What the caller brought, who will refuse; or else one that refuses at the end."""
+        own = errors if errors is not None else cls()
+        yield own
+        if errors is None:
+            own.refuse()
+
     def refuse(self) -> None:
         """Raise what was taken note of: the error itself if it is one, SeveralErrors if there are more."""
         if len(self.errors) > 1:

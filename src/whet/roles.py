@@ -46,14 +46,12 @@ class Policy:
     @property
     def lmbda(self) -> float:
         """Share of the steps of a distillation that train on the policy's own completions."""
-        if self.config.distill.lmbda is not None:
-            return self.config.distill.lmbda
-        return 0.5 if self.method.name == "gkd" else 0.0
+        return share_on_policy(self.config, self.method)
 
     @property
     def resamples(self) -> bool:
         """Whether the rows' completions are replaced by sampled ones."""
-        return self.method.name in DISTILLS and (self.lmbda > 0 or self.config.distill.seq_kd)
+        return resamples(self.config, self.method)
 
     @property
     def computed_once(self) -> list[tuple[Annotation, str]]:
@@ -89,6 +87,18 @@ class Policy:
             timeout_s=config.timeout_s,
             autocast=self.arithmetic.autocast,
         )
+
+
+def share_on_policy(config: RunConfig, method: Method) -> float:
+    """Share of the steps of a distillation that train on the policy's own completions."""
+    if config.distill.lmbda is not None:
+        return config.distill.lmbda
+    return 0.5 if method.name == "gkd" else 0.0
+
+
+def resamples(config: RunConfig, method: Method) -> bool:
+    """Whether the rows' completions are replaced by sampled ones."""
+    return method.name in DISTILLS and (share_on_policy(config, method) > 0 or config.distill.seq_kd)
 
 
 def engine_maker(config: RunConfig) -> Any:

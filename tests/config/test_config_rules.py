@@ -55,6 +55,26 @@ BROKEN = {
         "rollout.optimizer_steps is 5",
         "only 4 groups",
     ),
+    "an evaluation of rows that samples": (SFT, {"eval.temperature": 0.5}, "eval.temperature is 0.5", "losses of rows"),
+    "a batch size of sampled evaluation": (GRPO, {"eval.batch_size": 4}, "eval.batch_size is 4", "samples completions"),
+    "a system message of plain text": (
+        SFT,
+        {"data.system": "Hi", "data.chat": "never"},
+        "data.system is given",
+        "data.chat",
+    ),
+    "a step of a reference that stands": (
+        {**SFT, "method": "dpo"},
+        {"reference.sync_alpha": 0.3},
+        "reference.sync_alpha is 0.3",
+        "give reference.sync_steps",
+    ),
+    "a teacher's completions that are never used": (
+        {**SFT, "method": "gkd", "distill.teacher": "t"},
+        {"distill.seq_kd": True, "distill.lmbda": 1},
+        "distill.seq_kd is true",
+        "lower distill.lmbda",
+    ),
     "k1 as a loss": (GRPO, {"kl.type": "k1"}, "kl.type is 'k1'", "use k2, k3 or low_var_kl"),
     "loss and terms": (SFT, {"loss": "dft", "terms": ["sft"]}, "loss and terms are both given", "keep one"),
     "fp16 on a CPU": (
@@ -171,6 +191,11 @@ FINE = {
     "patience with evaluations": (SFT, {"data.eval_share": 0.1, "eval.patience": 2, "eval.every_epochs": 1}),
     "the best of the end": (SFT, {"data.eval": "e", "checkpoint.best": True}),
     "a metric whose direction is given": (SFT, {"eval.metric": "eval/kl", "eval.mode": "min"}),
+    "a system message of a chat": (SFT, {"data.system": "Hi", "data.chat": "always"}),
+    "a reference that moves by thirds": (
+        {**SFT, "method": "dpo"},
+        {"reference.sync_alpha": 0.3, "reference.sync_steps": 5},
+    ),
     "one greedy sample": (GRPO, {"data.eval": "e", "eval.temperature": 0}),
 }
 

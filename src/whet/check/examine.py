@@ -15,17 +15,18 @@ from whet.check.memory import Estimate, estimate, shortage
 from whet.check.work import Units, Work, units_of_prompts, units_of_rows, work_of
 from whet.checkpoints.folder import check_folder
 from whet.config.loader import UNKNOWN
+from whet.config.rules import SAMPLES
 from whet.config.run import RunConfig
 from whet.data.prepared import Prepared
 from whet.data.prompts import Prompts
-from whet.errors import ConfigError, Gathering, WhetError
+from whet.errors import ConfigError, Gathering
 from whet.feeds import PromptFeed, RowFeed
 from whet.keeper import Keeper
-from whet.methods import METHODS, SAMPLE, Method
+from whet.methods import METHODS, Method, completed
 from whet.models.load import check_model_folder, load_tokenizer, stop_tokens_in_files
 from whet.models.vocabulary import check_same_vocabulary
 from whet.recipe import method_of
-from whet.roles import backend_maker, engine_maker, frozen_models
+from whet.roles import backend_maker, engine_maker, frozen_models, resamples
 from whet.schedule import Schedule, plan
 
 logger = logging.getLogger(__name__)
@@ -59,23 +60,22 @@ def examine(config: RunConfig, method: Method | None = None, *, trains: bool = T
     Nothing is written but the cache of tokenised rows, and no weight is loaded. Without `trains`, what is only
     needed for training is left out.
     """
-    if config.method == SAMPLE.name:
-        method, trains = SAMPLE, False
     found = Examined(config, method=method)
     _settings(found, trains)
     if config.model.path != UNKNOWN:
         positions = _models(found)
         _data(found, positions)
-    if trains and found.schedule is not None and not found.errors.errors:
+    if trains and found.work is not None:
         _memory(found)
     return found
 
 
 def _settings(found: Examined, trains: bool) -> None:
     config, errors = found.config, found.errors
-    if found.method is None:
+    if found.method is None and config.method not in SAMPLES:
         # With a wrong loss, the method still says what its data look like.
-        found.method = METHODS.get(config.method)
+        known = METHODS.get(config.method)
+        found.method = completed(known) if known else None
         with errors.going_on():
             found.method = method_of(config)
     with errors.going_on():
@@ -110,10 +110,14 @@ def _models(found: Examined) -> int | None:
 
 def _data(found: Examined, positions: int | None) -> None:
     config, errors, method, tokenizer = found.config, found.errors, found.method, found.tokenizer
-    if method is None or tokenizer is None:
+    if tokenizer is None:
         return
-    rollouts = method.source == "prompts"
-    feed = PromptFeed(config, tokenizer, errors) if rollouts else RowFeed(config, tokenizer, method.task, errors)
+    if config.method in SAMPLES or (method is not None and method.source == "prompts"):
+        feed = PromptFeed(config, tokenizer, errors)
+    elif method is not None:
+        feed = RowFeed(config, tokenizer, method.task, errors)
+    else:
+        return
     found.feed = feed
     if positions is not None and feed.longest > positions:
         text = (
@@ -122,16 +126,30 @@ def _data(found: Examined, positions: int | None) -> None:
         )
         with errors.going_on():
             raise ConfigError(text)
+    if method is None:
+        return
     for name, part in found.parts.items():
         judge.part(name, part, method, tokenizer, found.stop_token_ids)
     if feed.train is not None:
-        found.schedule = plan(config, len(feed), rollouts=rollouts)
+        found.schedule = plan(config, len(feed), rollouts=method.source == "prompts")
         if found.keeper is not None:
             with errors.going_on():
                 found.keeper.check_data(feed.walk())
+            if changed := found.keeper.changes():
+                logger.warning(
+                    "settings are others than %s was trained with: %s", found.keeper.found, "; ".join(changed)
+                )
         units = sizes_of(feed.train, config)
-        longest = feed.longest if rollouts else 0
-        found.work = work_of(units, found.schedule, config, decoded_length=longest)
+        found.work = work_of(units, found.schedule, config, decoded_length=_decoded_length(feed, config, method))
+
+
+def _decoded_length(feed: RowFeed | PromptFeed, config: RunConfig, method: Method) -> int:
+    """Tokens of the longest sequence that is sampled, its prompt included; 0 where nothing is."""
+    if isinstance(feed, PromptFeed):
+        return feed.longest
+    if feed.train is None or not resamples(config, method):
+        return 0
+    return int(feed.train.arrays.prompts.max()) + config.rollout.max_tokens
 
 
 def sizes_of(part: Prepared | Prompts, config: RunConfig) -> Units:
@@ -144,12 +162,10 @@ def sizes_of(part: Prepared | Prompts, config: RunConfig) -> Units:
 
 def _memory(found: Examined) -> None:
     """The estimate, and a warning where the device has less."""
-    assert found.method is not None and found.work is not None, "memory follows from method and data"
+    assert found.method is not None and found.work is not None, "memory follows from the method and its data"
     try:
         found.memory = estimate(found.config, found.method, found.work)
-    except WhetError:
-        raise
-    except Exception as error:  # the code of a model may need content; then nothing is told
+    except Exception as error:  # a model that has been refused, or whose code needs content: nothing is told
         logger.debug("no estimate of memory: %s", error)
         return
     if not found.memory.fits:

@@ -30,6 +30,9 @@ from whet.tensor.logits import BLOCK_ELEMENTS
 
 logger = logging.getLogger(__name__)
 
+SMALL = 32 * 2**20
+"""Blocks from this size on are given back to the system when they are freed, whatever came before (glibc's
+DEFAULT_MMAP_THRESHOLD_MAX on 64 bits); smaller ones come to lie in a heap."""
 DEPTHS = (2, 3)
 """Layers of the two rehearsals. One layer alone would hide what is only alive between layers."""
 
@@ -50,11 +53,13 @@ class Micro:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes alive beside weights and optimizer, at the most: `activations` when the forward pass is done, `top` while
-    the head and the last layer are run (with the gradients so far), `rest` from then to the end of the backward pass,
-    when all gradients are there; and `no_grad` in a forward pass without gradients."""
+    """Bytes alive beside weights and optimizer, at the most: `activations` when the forward pass is done, of which
+    `small` in blocks of less than SMALL; `top` while the head and the last layer are run (with the gradients so far),
+    `rest` from then to the end of the backward pass, when all gradients are there; and `no_grad` in a forward pass
+    without gradients."""
 
     activations: float
+    small: float
     top: float
     rest: float
     no_grad: float
@@ -169,22 +174,22 @@ class _Rehearsal:
             no_grad = self.live.mark()
             if self.micro.again:
                 self._step(tokens, looks)
-            activations, top, rest = self._step(tokens, looks)
-        return Peaks(activations, top, rest, no_grad)
+            activations, small, top, rest = self._step(tokens, looks)
+        return Peaks(activations, small, top, rest, no_grad)
 
-    def _step(self, tokens: Tensor, looks: Tensor) -> tuple[float, float, float]:
+    def _step(self, tokens: Tensor, looks: Tensor) -> tuple[float, float, float, float]:
         passed: list[float] = []  # the peak when the gradient leaves the last layer
         watch = self._watch_last_layer(lambda: passed.append(self.live.mark()))
-        before = self.live.now
+        before, small_before = self.live.now, self.live.small
         self.live.mark()
-        values, held = self._forward(tokens, looks)
+        values, held, small = self._forward(tokens, looks)
         values.sum().backward()
         watch.remove()
         ended = self.live.mark()
-        return held - before, *((passed[0], ended) if passed else (ended, ended))
+        return held - before, small - small_before, *((passed[0], ended) if passed else (ended, ended))
 
-    def _forward(self, tokens: Tensor, looks: Tensor) -> tuple[Tensor, float]:
-        """What is read off the head, and the bytes alive after the decoder."""
+    def _forward(self, tokens: Tensor, looks: Tensor) -> tuple[Tensor, float, float]:
+        """What is read off the head, and the bytes alive after the decoder, in all and in small blocks."""
         with self.autocast:
             hidden = decoder(self.model)(
                 input_ids=tokens,
@@ -193,12 +198,12 @@ class _Rehearsal:
                 use_cache=False,
                 attention_context=_AttentionOfPlaces(self.micro.gathered),
             ).last_hidden_state[0]
-            held = self.live.now
+            held = self.live.now, self.live.small
             weight = head(self.model).weight
             rows = max(1, self.chunk_mb * 2**20 // (4 * len(weight)))
             rows = -(-len(looks) // -(-len(looks) // rows))  # as few chunks as can be, all about as long
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-            return _HeadOfPlaces.apply(hidden[looks], weight, rows, dtype), held
+            return _HeadOfPlaces.apply(hidden[looks], weight, rows, dtype), *held
 
     def _watch_last_layer(self, passed: Any) -> Any:
         seen: list[Tensor] = []
@@ -217,7 +222,7 @@ class Live(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.now = 0
+        self.now = self.small = 0
         self._peak = 0
         self._known = [tensor.untyped_storage() for tensor in known]
         self._seen = {id(storage) for storage in self._known}
@@ -240,13 +245,18 @@ class Live(TorchDispatchMode):
         if id(storage) in self._seen:
             return
         self._seen.add(id(storage))
-        self.now += storage.nbytes()
+        size = storage.nbytes()
+        self._add(size)
         self._peak = max(self._peak, self.now)
-        weakref.finalize(storage, self._gone, id(storage), storage.nbytes()).atexit = False
+        weakref.finalize(storage, self._gone, id(storage), size).atexit = False
 
     def _gone(self, key: int, size: int) -> None:
         self._seen.discard(key)
-        self.now -= size
+        self._add(-size)
+
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.small += size if abs(size) < SMALL else 0
 
 
 class _AttentionOfPlaces:

@@ -9,6 +9,7 @@ import numpy as np
 
 from whet.batch import micro_batches
 from whet.check.rehearsal import Micro
+from whet.config.rules import REINFORCES
 from whet.config.run import RunConfig
 from whet.data.prepared import Prepared
 from whet.data.prompts import Prompts
@@ -68,7 +69,8 @@ def work_of(units: Units, schedule: Schedule, config: RunConfig, *, decoded_leng
     totals = [int(units.tokens[step].sum()) for step in steps]
     largest = sorted(range(len(steps)), key=lambda i: -totals[i])[:STEPS_LOOKED_AT]
     micro = max((_largest_micro(units, steps[i], config) for i in largest), key=lambda one: one.tokens)
-    most = min(config.engine.max_concurrent, schedule.units_per_step * config.rollout.group_size)
+    group = config.rollout.group_size if config.method in REINFORCES else 1
+    most = min(config.engine.max_concurrent, schedule.units_per_step * group)
     return Work(max(totals), micro, most if decoded_length else 0, decoded_length)
 
 

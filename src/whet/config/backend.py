@@ -29,5 +29,8 @@ class BackendConfig(Config):
     """Most units in one micro-batch, on top of `max_tokens_per_device`."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    memory_gb: float | None = Field(default=None, gt=0)
+    """Memory, in gigabytes, that the estimate before training is held against; what is free when not given. It sets
+    no limit to the run itself."""
     head_chunk_mb: int = Field(default=128, ge=1)
     """Most memory, in MiB, for the logits of one chunk of the language-model head."""

@@ -10,10 +10,11 @@ from whet.config.data import DataConfig
 from whet.config.model import QuantizationConfig
 from whet.config.names import did_you_mean, show
 from whet.config.problems import Problem
+from whet.config.roles import ReferenceConfig
 from whet.config.rollout import RolloutConfig
 from whet.config.run import RunConfig
 from whet.config.sample_rules import sampling_problems
-from whet.config.train import TrainConfig
+from whet.config.train import EvalConfig, TrainConfig
 
 PAIRED = ("dpo", "apo", "simpo", "cpo", "cpo-simpo", "orpo")
 UNPAIRED = ("kto", "bco")
@@ -153,6 +154,41 @@ def _rollouts_alone(config: RunConfig) -> Iterator[Problem]:
                 f"rollout.prompts_per_step ({config.rollout.prompts_per_step}) x rollout.group_size "
                 f"({config.rollout.group_size}) completions; remove it",
             )
+
+
+def _elsewhere(config: RunConfig) -> Iterator[Problem]:
+    """Settings that something else in the configuration leaves without effect."""
+    if config.method not in METHOD_NAMES:
+        return
+    sampled = _reinforces(config) or config.method in SAMPLES
+    names = ("batch_size",) if sampled else ("num_samples", "max_prompts", "max_tokens", "temperature", "top_p")
+    for name in names:
+        value = getattr(config.eval, name)
+        if value != EvalConfig.model_fields[name].default:
+            made = "samples completions of prompts" if sampled else "computes the losses of rows"
+            yield _problem(
+                f"eval.{name}",
+                f"eval.{name} is {value}, but evaluation of {config.method} {made} and has no use for it; remove it",
+            )
+    if config.data.system is not None and config.data.chat == "never":
+        yield _problem(
+            "data.system",
+            "data.system is given, but data.chat is 'never' and plain text has no system message; put it into "
+            "data.prompt_template, or remove it",
+        )
+    reference, distill = config.reference, config.distill
+    if reference.sync_steps is None and reference.sync_alpha != ReferenceConfig.model_fields["sync_alpha"].default:
+        yield _problem(
+            "reference.sync_alpha",
+            f"reference.sync_alpha is {reference.sync_alpha}, but the reference does not move; give "
+            "reference.sync_steps as well",
+        )
+    if distill.seq_kd and distill.lmbda == 1:
+        yield _problem(
+            "distill.seq_kd",
+            "distill.seq_kd is true, but distill.lmbda is 1: every step trains on the policy's own completions and "
+            "none on the teacher's; lower distill.lmbda, or remove it",
+        )
 
 
 def _distillation(config: RunConfig) -> Iterator[Problem]:
@@ -342,6 +378,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _method,
     _needs,
     _belongs,
+    _elsewhere,
     _distillation,
     _reference,
     _groups,

@@ -78,7 +78,7 @@ class Builder:
         columns["cut"] = columns["cut"].astype(np.bool_)
         if self.labels:
             columns["labels"] = np.array(self.labels, dtype=np.float32)
-        if self.margins:
+        if len(self.margins) == len(self.integers["unit_ends"]):
             columns["margins"] = np.array(self.margins, dtype=np.float32)
         return {"tokens": np.concatenate(self.tokens), "mask": np.concatenate(self.mask), **columns}
 

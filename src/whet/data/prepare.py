@@ -27,7 +27,7 @@ from whet.data.shapes import Task
 from whet.data.template import Renderer
 from whet.data.tokenise import Progress, tokenise
 from whet.data.units import drafts, require_margins
-from whet.errors import ConfigError
+from whet.errors import ConfigError, Gathering
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ def prepare(
     what: str = "train",
     task: Task = "sft",
     progress: Progress | None = None,
+    errors: Gathering | None = None,
 ) -> Prepared:
     """The rows of `paths` as units of tokens and masks, tokenised now or read from the cache.
 
@@ -60,7 +61,7 @@ def prepare(
     Raises DataError for files and rows that cannot be used, all at once, and when more than
     `data.max_cut_share` of the rows is truncated or dropped; ModelError when the tokenizer lacks the
     chat template or end-of-sequence token that the rows need; ConfigError for `data.train_on: all` with
-    another task than `sft`.
+    another task than `sft`. With `errors`, what is wrong with rows goes there, and the other rows are prepared.
     """
     if task != "sft" and cfg.train_on == "all":
         raise ConfigError("data.train_on is 'all', but what is judged are completions; set it to 'completion'")
@@ -69,18 +70,20 @@ def prepare(
     folder = root / f"{task}-{_key(cfg, sources, tokenizer)[:32]}"
     found = cache.load(folder)
     if found is None:
-        built, notes = _build(cfg, sources, tokenizer, task, progress)
-        cache.store(folder, built, notes)
-        cache.trim(root, cfg.cache_gb, keep=folder)
-        # Mapped from disk rather than held in memory, unless another process has just taken its place.
-        found = cache.load(folder) or (built, notes)
+        found = built, notes = _build(cfg, sources, tokenizer, task, progress, errors)
+        if errors is None or not errors.errors:
+            cache.store(folder, built, notes)
+            cache.trim(root, cfg.cache_gb, keep=folder)
+            # Mapped from disk rather than held in memory, unless another process has just taken its place.
+            found = cache.load(folder) or found
     content, notes = found
     arrays = Arrays(**content)
     everything = np.arange(len(arrays.rows))
     left_out = {name: notes[name] for name in ("dropped", "untrained", "identical")}
     report = summarise(arrays, everything, **left_out)
     prepared = Prepared(what, arrays, sources, everything, report, _fingerprint(task, content), task)
-    _refuse_cuts(cfg, prepared)
+    with Gathering.of(errors) as errors, errors.going_on():
+        _refuse_cuts(cfg, prepared)
     if report.identical:
         source, number = notes["first_identical"]
         logger.warning(
@@ -108,6 +111,7 @@ def _build(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     progress: Progress | None,
+    errors: Gathering | None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     problems = Problems()
     renderer, encoder = Renderer(cfg, tokenizer), Encoder(tokenizer)
@@ -115,7 +119,7 @@ def _build(
     numbers = {source: number for number, source in enumerate(sources)}
     items = require_margins(read_items(sources, cfg.columns, SHAPES[task], problems), problems)
     render = renderer.sequences if task == "sft" else renderer.sides
-    for placed, samples in tokenise(items, render, encoder, problems, progress):
+    for placed, samples in tokenise(items, render, encoder, problems, progress, go_on=errors is not None):
         place = numbers[placed.row.source], placed.row.number
         try:
             units = drafts(task, placed.item, samples, encoder)
@@ -126,7 +130,11 @@ def _build(
         else:
             if not units:
                 builder.skip(*place, max(len(sample.tokens) for sample in samples))
-    problems.raise_any()
+    if errors is None or not builder.tokens:
+        problems.raise_any()
+    else:
+        with errors.going_on():
+            problems.raise_any()
     return builder.arrays(), builder.notes()
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from whet.config.data import DataConfig
 from whet.data.encode import Encoded, Encoder
+from whet.data.pieces import Rendered
 from whet.data.prepared import held_out, refuse_share, require_two_sides
 from whet.data.problems import Problems
 from whet.data.recognise import read_items
@@ -17,7 +18,7 @@ from whet.data.rows import parse_sources
 from whet.data.shapes import PROMPT_SHAPES, PromptRow
 from whet.data.template import Renderer
 from whet.data.tokenise import Progress, tokenise
-from whet.errors import DataError
+from whet.errors import DataError, Gathering
 from whet.types import Message, Prompt
 
 
@@ -77,6 +78,7 @@ def prepare_prompts(
     *,
     what: str = "train",
     progress: Progress | None = None,
+    errors: Gathering | None = None,
 ) -> Prompts:
     """The prompts of `paths`, tokenised: messages through the chat template, up to where the answer begins.
 
@@ -85,21 +87,36 @@ def prepare_prompts(
     `data.max_prompt_length` are dropped and counted. Plain text with a system message is kept as two messages.
     Raises DataError for files and rows that cannot be used, all at once, and when more than
     `data.max_cut_share` of the rows is dropped; ModelError when the tokenizer lacks a chat template.
+    With `errors`, what is wrong with rows goes there, and the other prompts are returned.
     """
     problems = Problems()
     renderer, encoder = Renderer(cfg, tokenizer), Encoder(tokenizer)
     items = read_items(parse_sources(paths), cfg.columns, PROMPT_SHAPES, problems)
+
+    def render(row: PromptRow) -> list[Rendered]:
+        return [renderer.prompt(row)]
+
     kept: list[Prompt] = []
     lengths: list[int] = []
-    for placed, (encoded,) in tokenise(items, lambda row: [renderer.prompt(row)], encoder, problems, progress):
+    for placed, (encoded,) in tokenise(items, render, encoder, problems, progress, go_on=errors is not None):
         if len(encoded.tokens) == 0:
             problems.add("empty", f"{placed.row.place}: the prompt has no tokens; fill it in or remove the row")
             continue
         lengths.append(len(encoded.tokens))
         if cfg.max_prompt_length is None or lengths[-1] <= cfg.max_prompt_length:
             kept.append(_prompt(f"{what}/{placed.index}", placed.item, renderer.said(placed.item), encoded))
-    problems.raise_any()
-    report = _report(kept, lengths)
+    with Gathering.of(errors) as errors:
+        with errors.going_on():
+            problems.raise_any()
+        report = _report(kept, lengths)
+        with errors.going_on():
+            _refuse_long(cfg, report)
+    if not kept:
+        raise DataError(f"all {report.rows:,} prompts are longer than data.max_prompt_length; raise it")
+    return Prompts(tuple(kept), report)
+
+
+def _refuse_long(cfg: DataConfig, report: PromptReport) -> None:
     refuse_share(
         report.dropped,
         report.rows,
@@ -108,9 +125,6 @@ def prepare_prompts(
         f"the longest has {report.longest:,}",
         remedy="raise it",
     )
-    if not kept:
-        raise DataError(f"all {report.rows:,} prompts are longer than data.max_prompt_length; raise it")
-    return Prompts(tuple(kept), report)
 
 
 def _prompt(name: str, row: PromptRow, content: str | list[Message], encoded: Encoded) -> Prompt:

@@ -24,11 +24,13 @@ def tokenise(
     encoder: Encoder,
     problems: Problems,
     progress: Progress | None = None,
+    *,
+    go_on: bool = False,
 ) -> Iterator[tuple[Placed[Item], list[Encoded]]]:
     """Each item with its sequences as tokens and masks, in order.
 
     Once `problems` holds any, the items that follow are still rendered, to find what is wrong with them,
-    but nothing is tokenised or yielded.
+    but nothing is tokenised or yielded, unless `go_on`.
     """
     done = 0
     while chunk := list(islice(items, _CHUNK)):
@@ -38,7 +40,7 @@ def tokenise(
                 rendered.append((placed, render(placed.item)))
             except Malformed as fault:
                 problems.add(fault.kind, f"{placed.row.place}: {fault}")
-        if not problems:
+        if go_on or not problems:
             yield from _encode(rendered, encoder, problems)
         done += len(chunk)
         if progress:
