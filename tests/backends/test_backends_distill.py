@@ -144,6 +144,19 @@ def test_all_words_are_the_whole_distribution(model, units, pair_of):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", TERMS)
+def test_padding_of_the_students_vocabulary_is_left_out_as_well(kind: str, teacher, units, backend_of, tmp_path):
+    """Student and teacher change places: the smaller vocabulary is then the teacher's."""
+    padded = teacher
+    small = AutoModelForCausalLM.from_pretrained(make_tiny(tmp_path / "small"))
+    student, frozen = backend_of(padded), backend_of(small)
+    student.compute.learn_from(frozen.compute)
+    metrics = student.forward_backward(annotated(units, "tree", frozen, kind), TERMS[kind])
+    loss, gradient = defined(padded, small, units, kind)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert_close(flat_gradient(padded), gradient)
+
+
 def test_two_divergences_are_told_apart(model, units, pair_of):
     student, frozen = pair_of(model)
     batch = annotated(units, "tree", frozen, "exact")
