@@ -177,6 +177,7 @@ ATTACKS = {
     "kill all": "import os; os.kill(-1, 9)",
     "kill by owner": "import fcntl, os; fcntl.fcntl(0, fcntl.F_SETOWN, os.getppid())",
     "raise limits": "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+    "limit the parent": "import os, resource as r; r.prlimit(os.getppid(), r.RLIMIT_NOFILE, (9, 9))",
     "new root": "import os; os.chroot('/')",
     "trace the parent": "import ctypes, os; assert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0",
     "become another": "import os; os.setuid(1)",
@@ -305,6 +306,24 @@ async def test_a_server_that_is_killed_is_replaced():
     os.kill(server_of(box), signal.SIGKILL)
     box._pool._workers[0]._process.wait()
     assert (await box.run("print(2)")).output == "2\n"
+    box.close()
+
+
+async def test_what_a_killed_server_was_running_ends_at_once():
+    box = Sandbox("namespaces", num_servers=1) if available("namespaces") else None
+    assert box is not None
+    running = asyncio.ensure_future(box.run("while True: pass", limits=Limits(timeout_s=20.0)))
+    await asyncio.sleep(0.3)
+    pids = [server_of(box)]
+    while children := Path(f"/proc/{pids[-1]}/task/{pids[-1]}/children").read_text().split():
+        pids.append(int(children[0]))
+    assert len(pids) == 3  # the one that waits, the first of the process table, the program
+    os.kill(pids[0], signal.SIGKILL)
+    assert (await running).ended == "lost"
+    deadline = time.monotonic() + 5
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(alive, pids))
     box.close()
 
 
