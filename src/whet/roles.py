@@ -68,7 +68,9 @@ class Policy:
         """What the outputs of the model in this role follow from."""
         backend = self.backends[role]
         told = backend.describe()
-        return " ".join([digest(backend.model), *(str(told[name]) for name in ("device", "precision", "attention"))])
+        words = backend.compute.words if role == "teacher" else "all"  # what it shares with the student
+        known = (told["device"], told["precision"], told["attention"], words)
+        return " ".join([digest(backend.model), *map(str, known)])
 
     def release(self, role: str) -> None:
         """Let go of a frozen model that nothing runs any more, its annotations computed once."""

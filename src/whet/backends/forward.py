@@ -50,11 +50,11 @@ class Forward:
 
         `Divergence` runs the teacher's head, which must then be there; for `TopK` its words are enough.
         """
-        self._vocabulary = teacher._vocabulary = min(self._words, teacher._words)
+        self._vocabulary = teacher._vocabulary = min(self.words, teacher.words)
         self._teacher = weakref.ref(teacher)  # whoever holds the teacher may let go of it
 
     @property
-    def _words(self) -> int:
+    def words(self) -> int:
         """Words that a distribution held against another model's is over."""
         return self._vocabulary or len(head(self.model).weight)
 
@@ -90,7 +90,7 @@ class Forward:
         seen, own = stream.hidden[looks.predictors], head(self.model)
         values: dict[Output, Tensor] = {"hidden": seen} if "hidden" in outputs else {}
         for top in (one for one in outputs if isinstance(one, Top)):
-            k, words = min(top.k, self._words), self._words
+            k, words = min(top.k, self.words), self.words
             values["top_ids"], values["top_logprobs"] = top_logprobs(
                 seen, own, k, temperature=top.temperature, vocabulary=words, chunk_mb=self.chunk_mb
             )
@@ -115,14 +115,14 @@ class Forward:
                 readers[request] = self._divergence(request, batch["teacher_hidden"][looks.tokens])
             elif isinstance(request, TopK):
                 ids = batch["teacher_topk_ids"][looks.tokens]
-                readers[request] = Words(ids, width=self._words, temperature=request.temperature)
+                readers[request] = Words(ids, width=self.words, temperature=request.temperature)
         return readers
 
     def _divergence(self, request: Divergence, hidden: Tensor) -> DivergenceReader:
         teacher = self._teacher and self._teacher()
         assert teacher is not None, "there is no teacher to learn from"
         return DivergenceReader(
-            hidden, head(teacher.model), beta=request.beta, width=self._words, temperature=request.temperature
+            hidden, head(teacher.model), beta=request.beta, width=self.words, temperature=request.temperature
         )
 
     def _nothing(self, batch: Batch, outputs: Set[Output]) -> dict[Output, Tensor]:
@@ -132,7 +132,7 @@ class Forward:
         found: dict[Output, Tensor] = {}
         for one in outputs:
             if isinstance(one, Top):
-                found["top_logprobs"] = zeros.new_zeros(batch.num_tokens, min(one.k, self._words))
+                found["top_logprobs"] = zeros.new_zeros(batch.num_tokens, min(one.k, self.words))
                 found["top_ids"] = found["top_logprobs"].long()
             elif isinstance(one, TopK):
                 found[one] = zeros.new_zeros(batch["teacher_topk_ids"].shape)
