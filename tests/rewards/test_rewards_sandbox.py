@@ -118,6 +118,7 @@ async def test_exit_codes_and_exceptions_are_told(closed: Sandbox):
     assert (await closed.run("raise SystemExit('enough')")).ended == "exit 1"
     failed = await closed.run("print(1); 1 / 0")
     assert (failed.ended, failed.error) == ("exit 1", "ZeroDivisionError: division by zero")
+    assert failed.output == "1\n"
     assert "SyntaxError" in (await closed.run("def")).error
 
 
@@ -384,6 +385,14 @@ def test_a_machine_whose_system_calls_are_not_known_is_refused(monkeypatch: pyte
         "whet.rewards.sandbox.pool.START", start + "from whet.rewards.sandbox import server; server.main({isolation!r})"
     )
     with pytest.raises(ConfigError, match=r"seccomp: it knows the system calls of .*, and this is vax"):
+        Sandbox(num_servers=1)
+
+
+def test_a_container_that_forbids_filters_is_refused(monkeypatch: pytest.MonkeyPatch):
+    start = "import sys; sys.path.insert(0, {root!r}); from whet.rewards.sandbox import server, syscalls; "
+    broken = "syscalls._SECCOMP_MODE_FILTER = 99; server.main({isolation!r})"
+    monkeypatch.setattr("whet.rewards.sandbox.pool.START", start + broken)
+    with pytest.raises(ConfigError, match=r"seccomp: .*does not let a process filter.*only if you trust"):
         Sandbox(num_servers=1)
 
 

@@ -22,6 +22,7 @@ class Scorer:
     def __init__(self, reward) -> None:
         self.reward = reward
         self.uniform_reports = 0
+        self.groups = []
 
     async def score(self, episode) -> None:
         if episode.status in ("aborted", "failed"):
@@ -32,7 +33,8 @@ class Scorer:
         else:
             episode.reward, episode.rewards = float(value), {"mine": float(value)}
 
-    async def score_group(self, episodes) -> None: ...
+    async def score_group(self, episodes) -> None:
+        self.groups.append([(episode.group, episode.index, episode.reward) for episode in episodes])
 
     def report_failures(self, episodes) -> None:
         played = [episode for episode in episodes if episode.status != "aborted"]
@@ -75,6 +77,12 @@ async def test_each_prompt_gives_a_group_of_scored_samples(make_source, tokenize
     assert first.sampler_logprobs[:2] == (0.0, 0.0) and all(value < 0 for value in first.sampler_logprobs[2:])
     assert first.tokens[-1] == tokenizer.eos_token_id
     assert {key for _, _, key in engine.calls} == {"g0", "g1"}
+
+
+async def test_a_group_is_scored_as_a_whole_once_every_member_has_been_scored(make_source):
+    source, _ = make_source(group_size=2)
+    await source.take(2)
+    assert sorted(source._scorer.groups) == [[("g0", 0, 0.0), ("g0", 1, 1.0)], [("g1", 0, 0.0), ("g1", 1, 1.0)]]
 
 
 async def test_all_episodes_are_submitted_at_once(make_source):

@@ -83,7 +83,7 @@ def main(isolation: str) -> None:
 
 def enter(isolation: str) -> tuple[str | None, dict[str, str]]:
     """The isolation that was entered, None without any, and why each that was tried before it could not be."""
-    if (reason := syscalls.supported()) is not None:
+    if (reason := syscalls.supported() or no_filter()) is not None:
         return None, {"seccomp": reason}
     refused: dict[str, str] = {}
     folders = jail.readable_folders()
@@ -97,6 +97,23 @@ def enter(isolation: str) -> tuple[str | None, dict[str, str]]:
         except OSError as error:
             refused[name] = str(error)
     return None, refused
+
+
+def no_filter() -> str | None:
+    """Why a process cannot filter its system calls here, or None: another one has tried it."""
+    told, tells = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            syscalls.install(syscalls.program(files=True))
+        except OSError as error:
+            os.write(tells, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(tells)
+    os.waitpid(pid, 0)
+    with os.fdopen(told) as reasons:
+        return reasons.read() or None
 
 
 def follow_first_child() -> None:
