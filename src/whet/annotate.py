@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from whet.batch import Batch, collate
+from whet.losses.base import Output
 from whet.losses.transport import aot_partners
 from whet.types import Sample, Unit
 
@@ -21,7 +22,7 @@ Running = MutableMapping[str, list[float]]
 class Model(Protocol):
     """What an annotation needs of a model: outputs over a batch, without gradient."""
 
-    def forward(self, batch: Batch, outputs: Set[str]) -> dict[str, Tensor]: ...
+    def forward(self, batch: Batch, outputs: Set[Output]) -> dict[Any, Tensor]: ...
 
 
 @runtime_checkable

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from whet.batch import Batch, WeightKind, weight_key
+from whet.losses.base import Outputs
 from whet.methods import Term
 
 METRIC_WEIGHTS: dict[str, WeightKind] = {"token": "token", "sequence": "row", "pair": "pair"}
@@ -51,7 +52,7 @@ class Tally:
         self.counts: dict[str, Tensor] = {}
         self.losses: list[tuple[tuple[str, ...], Tensor]] = []
 
-    def add(self, out: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    def add(self, out: Outputs, batch: Batch) -> Tensor:
         """The loss of one part; everything else is taken note of."""
         loss = torch.zeros((), device=batch.tokens.device)
         for i, term in enumerate(self.terms):

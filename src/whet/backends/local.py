@@ -20,6 +20,7 @@ from whet.checkpoints.state import load_optimizer, read_json, save_optimizer, wr
 from whet.config.backend import BackendConfig
 from whet.config.optim import OptimConfig
 from whet.errors import TrainingError
+from whet.losses.base import Output
 from whet.methods import Term
 from whet.models.adapters import adapter_off, trainable_summary
 from whet.models.export import save_model
@@ -73,10 +74,10 @@ class LocalBackend:
         return self.compute.shares_prefixes
 
     @torch.no_grad()
-    def forward(self, batch: Batch, outputs: Set[str]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, outputs: Set[Output]) -> dict[Any, Tensor]:
         """Outputs over the whole batch, on the batch's device."""
         self.model.eval()
-        results: dict[str, Tensor] = {}
+        results: dict[Any, Tensor] = {}
         with self.compute.installed():
             for units in self._micro_batches(batch):
                 micro = batch.select(units)
@@ -221,7 +222,7 @@ class WithoutAdapter:
     def shares_prefixes(self) -> bool:
         return self.policy.shares_prefixes
 
-    def forward(self, batch: Batch, outputs: Set[str]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, outputs: Set[Output]) -> dict[Any, Tensor]:
         """Outputs of the base model."""
         with adapter_off(self.policy.model):
             return self.policy.forward(batch, outputs)

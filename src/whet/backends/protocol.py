@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from whet.batch import Batch
+from whet.losses.base import Output
 from whet.methods import Term
 
 
@@ -20,7 +21,7 @@ class Backend(Protocol):
     cuts a batch up or spreads it over ranks adds the parts and divides by nothing.
     """
 
-    def forward(self, batch: Batch, outputs: Set[str]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, outputs: Set[Output]) -> dict[Any, Tensor]:
         """Model outputs (see `whet.losses.base.Outputs`) without gradient, over the whole batch."""
         ...
 
