@@ -11,8 +11,9 @@ from torch import nn
 from transformers import Qwen3Config
 
 from tests.runs import config_of, sums, write_rows
+from whet.check.command import warnings_of_whet
 from whet.check.examine import Examined, examine
-from whet.check.memory import held_by
+from whet.check.memory import HEAP_HOLES, held_by
 from whet.check.rehearsal import Live, Micro, Peaks, outline, rehearse
 from whet.check.work import Units, work_of
 from whet.config.model import AdapterConfig, ModelConfig
@@ -153,6 +154,15 @@ def test_a_reference_takes_the_weights_again_unless_an_adapter_or_a_file_stands_
     assert frozen(reference__path=str(tiny_qwen)) == 1
 
 
+def test_what_training_holds_is_counted_by_what_it_is(tmp_path: Path, tiny_qwen: Path):
+    memory = found("sft", tmp_path, tiny_qwen).memory
+    assert memory is not None
+    forward, backward = (moment.parts for moment in memory.moments)
+    assert forward["optimizer"] == 2 * forward["weights"] == 2 * backward["gradients"]
+    assert forward["gradients"] == 0, "before the first micro-batch there are none"
+    assert forward["heap"] == pytest.approx(HEAP_HOLES * forward["activations"], rel=0.01)
+
+
 def test_sampling_holds_keys_and_values_of_all_it_decodes(tmp_path: Path, tiny_qwen: Path):
     settings = {"reward__use": "exact", "rollout__prompts_per_step": 4, "rollout__group_size": 8}
     memory = found("grpo", tmp_path, tiny_qwen, **settings, rollout__max_tokens=100).memory
@@ -163,11 +173,12 @@ def test_sampling_holds_keys_and_values_of_all_it_decodes(tmp_path: Path, tiny_q
     assert sampling.parts["logits"] == 2 * 32 * 260 * 4
 
 
-def test_what_is_too_large_is_told_with_its_largest_parts(tmp_path: Path, tiny_qwen: Path, caplog):
-    assert found("sft", tmp_path, tiny_qwen).memory.fits  # type: ignore[union-attr]
-    assert not caplog.records
-    assert not found("sft", tmp_path, tiny_qwen, backend__memory_gb=0.1).memory.fits  # type: ignore[union-attr]
-    (said,) = [record.getMessage() for record in caplog.records]
+def test_what_is_too_large_is_told_with_its_largest_parts(tmp_path: Path, tiny_qwen: Path):
+    with warnings_of_whet() as warnings:
+        assert found("sft", tmp_path, tiny_qwen).memory.fits  # type: ignore[union-attr]
+        assert not warnings
+        assert not found("sft", tmp_path, tiny_qwen, backend__memory_gb=0.1).memory.fits  # type: ignore[union-attr]
+    (said,) = warnings
     assert said.startswith("training needs about 0.4 GB (process 0.4") and "has 0.1 GB left" in said
 
 

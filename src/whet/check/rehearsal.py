@@ -55,14 +55,12 @@ class Micro:
 class Peaks:
     """Bytes alive beside weights and optimizer, at the most: `activations` when the forward pass is done, of which
     `small` in blocks of less than SMALL; `top` while the head and the last layer are run (with the gradients so far),
-    `rest` from then to the end of the backward pass, when all gradients are there; and `no_grad` in a forward pass
-    without gradients."""
+    and `rest` from then to the end of the backward pass, when all gradients are there."""
 
     activations: float
     small: float
     top: float
     rest: float
-    no_grad: float
 
     def along(self, other: Peaks, steps: float) -> Peaks:
         """What lies `steps` further in the direction from this one to the other."""
@@ -169,13 +167,9 @@ class _Rehearsal:
             tokens = torch.zeros(1, self.micro.tokens, dtype=torch.long)
             looks = torch.zeros(self.micro.looks, dtype=torch.long)
         with attention(base(self.model)), self.fake, self.live:
-            with torch.no_grad():
-                self._forward(tokens, looks)
-            no_grad = self.live.mark()
             if self.micro.again:
                 self._step(tokens, looks)
-            activations, small, top, rest = self._step(tokens, looks)
-        return Peaks(activations, small, top, rest, no_grad)
+            return Peaks(*self._step(tokens, looks))
 
     def _step(self, tokens: Tensor, looks: Tensor) -> tuple[float, float, float, float]:
         passed: list[float] = []  # the peak when the gradient leaves the last layer
