@@ -59,6 +59,9 @@ async def test_the_rows_own_function_comes_before_the_users(mine: str):
     config = RewardConfig(use=f"{mine}:shout", by_type={f"{mine}:special": {}})
     episode = await judged(config, a_prompt(custom_rm_path=f"{mine}:special", rm_type="exact"), "yes")
     assert episode.rewards == {"special": 7.0}
+    config = RewardConfig(use="math", by_type={f"{mine}:special": {}})
+    episode = await judged(config, a_prompt("yes", custom_rm_path=f"{mine}:special", rm_type="exact"), "yes")
+    assert episode.rewards == {"special": 7.0}
 
 
 async def test_a_reward_that_the_environment_gave_stays():

@@ -52,6 +52,10 @@ async def test_the_score_of_a_dict_counts_and_its_parts_are_recorded():
     assert episode.rewards == {"mine": 0.5, "mine/score": 0.5, "mine/acc": 1.0}
 
 
+async def test_text_beside_a_score_is_left_out():
+    assert (await scored(lambda e: {"score": 0.5, "pred": "4"})).rewards == {"mine": 0.5, "mine/score": 0.5}
+
+
 async def test_the_parts_of_a_dict_without_a_score_add_up():
     episode = await scored(lambda e: {"format": 0.25, "answer": 1.0}, weight=2.0)
     assert episode.reward == 2.5
@@ -73,6 +77,8 @@ async def test_any_kind_of_number_will_do(value: object):
         ({}, "empty dict"),
         ({"score": math.nan}, "returned nan"),
         ({"score": 1.0, "format": None}, "returned None"),
+        ({"score": "1.0"}, "returned '1.0'"),
+        ({"right": 1.0, "said": "yes"}, "returned 'yes'"),
     ],
 )
 async def test_what_is_no_number_fails_the_episode_and_never_becomes_one(value: object, told: str):
