@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import pytest
@@ -10,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from runs import column, config_of, killed, metrics, same_bits, saved_weights, train, without_clock, write_rows
 from whet.batch import collate
-from whet.compose import compose
-from whet.errors import ConfigError
+from whet.compose import compose, evaluate
+from whet.errors import ConfigError, DataError
 from whet.models.tiny import make_tiny
 
 PAIRED = ("dpo", "apo", "simpo", "cpo", "cpo-simpo", "orpo")
@@ -239,3 +240,31 @@ def test_a_distilled_student_comes_nearer_to_its_teacher(config, tmp_path):
 def test_losses_over_pairs_need_pairs(config):
     with pytest.raises(ConfigError, match="compares chosen with rejected, but kto has no pairs"):
         compose(config("kto", loss__use="hinge"))
+
+
+def test_a_full_disk_is_said_before_anything_is_precomputed(config, tmp_path, monkeypatch):
+    cfg = config("dpo", "full", reference__precompute=True, data__cache_dir=str(tmp_path / "kept"))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("whet.precompute.os.posix_fallocate", full)
+    with pytest.raises(DataError, match=r"ref_logprobs of the rows cannot be kept in .*kept: No space left on device"):
+        compose(cfg)
+    assert not [path for path in (tmp_path / "kept").iterdir() if not path.name.startswith("preference-")]
+
+
+def test_a_loss_that_needs_a_teacher_is_refused_where_there_is_none(config):
+    with pytest.raises(ConfigError, match="loss 'gkd' learns from a teacher, and dpo has none; set method to gkd"):
+        compose(config("dpo", "untaught", loss={"use": "gkd"}))
+
+
+def test_a_reference_of_another_shape_cannot_follow_the_policy(config, files):
+    cfg = config("dpo", "apart", reference__path=files["teacher"], reference__sync_steps=1)
+    with pytest.raises(ConfigError, match=r"reference.sync_steps .* whose .* is \(.*96.*\) where the policy's is"):
+        compose(cfg)
+
+
+def test_evaluation_against_itself_is_said(config, files, caplog):
+    metrics = asyncio.run(evaluate(config("dpo", "itself", data__eval=files["preference"])))[0]
+    assert metrics["eval/rewards/margins"] == 0 and "the model is held against itself" in caplog.text

@@ -108,6 +108,11 @@ async def evaluate(config: RunConfig) -> tuple[dict[str, float], tuple[Episode, 
     assert method is not None and tokenizer is not None and feed is not None, "what is missing has been refused"
     if feed.eval is None:
         raise ConfigError("there is no held-out data to evaluate on; set data.eval")
+    if method.source == "rows" and "reference" in method.roles and config.reference.path is None:
+        logger.warning(
+            "reference.path is not given, so the model is held against itself and all log-ratios are 0; set it to the "
+            "model that the training began with"
+        )
     policy = load_policy(config, method, tokenizer, train=False)
     metrics = await feed.evaluate(policy)
     return metrics, getattr(feed, "transcripts", ())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from whet.batch import collate
 from whet.columns import column
 from whet.data import cache
 from whet.data.prepared import Prepared
+from whet.errors import DataError
 from whet.log import progress_over
 
 logger = logging.getLogger(__name__)
@@ -38,10 +40,12 @@ def computed_once(
     folder = root / f"annotated-{name}"
     found = cache.load(folder)
     if found is None:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as draft:
-            cache.store(folder, _compute(rows, stage, model, role, Path(draft)), {})
+        draft = cache.draft_beside(folder)
+        try:
+            cache.store(folder, _compute(rows, stage, model, role, draft), {})
             found = cache.load(folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
         cache.trim(root, max_gb, keep=folder)
         assert found is not None, f"{folder} was written and cannot be read"
     else:
@@ -60,9 +64,26 @@ def _compute(rows: Prepared, stage: Annotation, model: Backend, role: str, draft
             if name not in kept:
                 shape = (len(rows.arrays.tokens), *values.shape[1:])
                 dtype = np.dtype(column(name).dtype)
-                kept[name] = np.lib.format.open_memmap(draft / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
+                kept[name] = _on_disk(draft / f"{name}.npy", dtype, shape)
             kept[name][places] = values
     return kept
+
+
+def _on_disk(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """An array mapped from a new file. Its space is taken at once: writing to a page for which the disk has none
+    would kill the process."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        raise DataError(
+            f"{path.stem} of the rows cannot be kept in {path.parent.parent}: {error.strerror}; set data.cache_dir to "
+            "a folder with space, or compute it in every step (leave out reference.precompute, distill.top_k)"
+        ) from error
+    return array
 
 
 def _batches(rows: Prepared) -> Iterator[list[int]]:

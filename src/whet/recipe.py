@@ -10,6 +10,7 @@ from whet.annotate import Annotate, TeacherTopK
 from whet.config.base import Plugin
 from whet.config.names import did_you_mean
 from whet.config.plugin import resolve, validated_options
+from whet.config.rules import DISTILLS
 from whet.config.run import LossConfig, RunConfig
 from whet.credit import CREDITS, Credit
 from whet.errors import ConfigError
@@ -45,6 +46,9 @@ def method_of(config: RunConfig) -> Method:
     method = completed(replace(method, terms=_distinct(method.terms)))
     _check_pairs(method)
     check(method)
+    if "teacher" in method.roles and config.method not in DISTILLS:
+        learns = ", ".join(term.name for term in method.terms if any(c.startswith("teacher_") for c in term.reads))
+        raise ConfigError(f"loss {learns!r} learns from a teacher, and {config.method} has none; set method to gkd")
     return method
 
 

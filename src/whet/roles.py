@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from whet.annotate import Annotation, TeacherTopK
@@ -186,12 +187,28 @@ class _Loader:
         """
         settings, model = self.config.reference, self.config.model
         if settings.path is not None:
-            return self.frozen(frozen_models(self.config, self.method)["reference.path"])
+            other = self.frozen(frozen_models(self.config, self.method)["reference.path"])
+            if settings.sync_steps is not None:
+                _check_same_shapes(other.model, policy.model, settings.path)
+            return other
         if reference_is_adapter_off(policy.model):
             return WithoutAdapter(policy)
         if settings.precompute and not _held_against(self.method):
             return policy
         return self.frozen(model)
+
+
+def _check_same_shapes(reference: nn.Module, policy: nn.Module, path: str) -> None:
+    """Raises ConfigError unless weights of the one can move towards those of the other."""
+    theirs = {name: tuple(weight.shape) for name, weight in reference.named_parameters()}
+    ours = {name: tuple(weight.shape) for name, weight in policy.named_parameters()}
+    if theirs != ours:
+        name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
+        raise ConfigError(
+            f"reference.sync_steps moves the reference towards the policy, but reference.path is {path!r}, whose "
+            f"{name} is {theirs.get(name, 'missing')} where the policy's is {ours.get(name, 'missing')}; give a model "
+            "of the same shape, or leave one of the two out"
+        )
 
 
 def _held_against(method: Method) -> bool:

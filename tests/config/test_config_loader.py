@@ -274,6 +274,16 @@ def test_a_file_that_cannot_be_read_is_refused_with_its_line(text: str, error: s
     assert error_of("sft", text).startswith(error)
 
 
+def test_names_that_yaml_takes_for_truth_values_are_text():
+    plain = "model: tiny\ndata: {train: a, shuffle: no}\n"
+    text = plain + "terms:\n  - {use: sigmoid}\n  - {use: sft, on: chosen}\n"
+    flags = ["--terms", "[{use: sigmoid}, {use: sft, on: chosen}]"]
+    for loaded in (load("dpo", run_yaml(text), []), load("dpo", run_yaml(plain), flags)):
+        terms = loaded.config.terms
+        assert terms is not None and [term.on for term in terms] == ["all", "chosen"]
+        assert loaded.config.data.shuffle is False
+
+
 def test_a_missing_or_binary_file_is_refused():
     with pytest.raises(ConfigError, match=r"cannot read the configuration nowhere.yaml: No such file"):
         load("sft", "nowhere.yaml", [])

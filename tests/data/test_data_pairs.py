@@ -226,6 +226,10 @@ PAIRS_REFUSED = {
         {"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD], "system": "x"},
         "field 'system' is given, and the messages begin with a system message",
     ),
+    "a margin too large for float32": (
+        {"prompt": "q", "chosen": "g", "rejected": "b", "margin": 1e39},
+        "field 'margin' is a number (1e+39); expected a number from -1e+30 to 1e+30; correct it",
+    ),
     "a margin in words": (
         {"prompt": "q", "chosen": "g", "rejected": "b", "margin": "much"},
         "field 'margin' is text ('much'); expected a number; correct it",

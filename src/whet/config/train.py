@@ -33,7 +33,8 @@ class EvalConfig(Config):
     at_end: bool = True
     """Evaluate after the last step."""
     batch_size: int | None = Field(default=None, ge=1)
-    """Units per evaluation batch; 64 when not given. The result does not depend on it."""
+    """Units per evaluation batch; 64 when not given. The result does not depend on it, but for losses that hold
+    the rows of a batch against one another (`kto`, `aot`, `aot_unpaired`)."""
     metric: str | None = None
     """What makes a checkpoint the best one, as in `eval/loss`. The default is `eval/loss`, or
     `eval/reward` for reinforcement learning. When given, an evaluation before the first step makes sure that it

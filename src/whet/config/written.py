@@ -111,6 +111,17 @@ def read_document(path: str) -> Document:
     return Document(values, Origin(path, reader.lines), reader.problems)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which names are text: `on`, `yes` and `no` before a colon are no truth values."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:bool":
+                key.tag = "tag:yaml.org,2002:str"
+        return node
+
+
 class _Reader:
     """Plain values of one YAML document, the line of every key and item, and what is wrong with the keys."""
 
@@ -118,7 +129,7 @@ class _Reader:
         self.path = path
         self.lines: dict[Path, int] = {}
         self.problems: list[str] = []
-        self._loader = yaml.SafeLoader(text)
+        self._loader = _Loader(text)
         self._open: set[yaml.Node] = set()
 
     def read(self) -> dict[str, Any]:
@@ -232,7 +243,7 @@ def flag_value(text: str, annotation: Any) -> Any:
 
 def _parsed(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError):
         return text
     first = text.lstrip()[:1]

@@ -50,7 +50,7 @@ def store(folder: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, An
     Safe with several processes at a time: each writes to a folder of its own and renames it. Raises
     DataError where nothing can be written.
     """
-    draft = _draft(folder)
+    draft = draft_beside(folder)
     try:
         draft.mkdir(parents=True)
         for name, array in arrays.items():
@@ -112,14 +112,14 @@ def _entries(root: Path) -> Iterator[tuple[Path, float, int]]:
 
 
 def _remove(folder: Path) -> None:
-    doomed = _draft(folder)
+    doomed = draft_beside(folder)
     with suppress(OSError):
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _draft(folder: Path) -> Path:
-    """A name beside `folder` that no other process uses."""
+def draft_beside(folder: Path) -> Path:
+    """A name beside `folder` that no other process uses; `trim` removes it where its process was killed."""
     return folder.parent / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
 

@@ -14,6 +14,9 @@ from whet.types import Message
 
 SIDES = ("chosen", "rejected")
 
+LARGEST_MARGIN = 1e30
+"""Beyond, float32 arithmetic on margins overflows."""
+
 _LABELS = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -144,8 +147,9 @@ def _margin(fields: Fields) -> float | None:
         margin = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         margin = math.nan
-    if not math.isfinite(margin):
-        raise Malformed("wrong type", f"field '{name}' is {describe(value)}; expected a number; correct it")
+    if not abs(margin) <= LARGEST_MARGIN:
+        wanted = "a number" if math.isnan(margin) else f"a number from {-LARGEST_MARGIN:.0e} to {LARGEST_MARGIN:.0e}"
+        raise Malformed("wrong type", f"field '{name}' is {describe(value)}; expected {wanted}; correct it")
     return margin
 
 

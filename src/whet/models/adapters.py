@@ -83,9 +83,11 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> nn.Module:
             return _with_new_score_head(model, PeftConfig.from_pretrained(str(folder)), folder)
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except (OSError, ValueError, RuntimeError) as error:
+        first, *others = [line.strip(" \t.") for line in str(error).splitlines()[:3]]
+        said = f"{first} {others[0]} …" if others else first
         raise ModelError(
-            f"the adapter in {folder} does not go with its base model {model.name_or_path!r}: {error}; "
-            f"correct base_model_name_or_path in its adapter_config.json"
+            f"the adapter in {folder} does not go with the base model {model.name_or_path!r}: {said}; give the base "
+            "that it was trained on (base_model_name_or_path in its adapter_config.json)"
         ) from error
 
 
