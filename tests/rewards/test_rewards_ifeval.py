@@ -184,6 +184,10 @@ def test_every_language_is_told_from_all_others(code: str):
     assert [other for other in sorted(LANGUAGES) if is_in(SPOKEN[code], other)] == [code]
 
 
+def test_letters_that_only_one_language_has_decide():
+    assert is_in("Эту рыбу и сыр", "ru") and not is_in("Эту рыбу и сыр", "bg")
+
+
 def test_a_few_foreign_words_do_not_change_a_language():
     assert is_in("我们用 Python 写了一个程序，它叫 Fox。", "zh")
     assert is_in("The dish is called 麻婆豆腐 and it is hot.", "en")
