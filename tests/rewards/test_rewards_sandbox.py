@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -254,7 +255,7 @@ async def test_memory_is_limited(closed: Sandbox):
 
 async def test_threads_are_limited_by_memory_and_time(closed: Sandbox):
     program = "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(100,)).start()"
-    assert (await closed.run(program, limits=SHORT)).ended != "exit 0"
+    assert (await closed.run(program, limits=replace(SHORT, timeout_s=1.0))).ended != "exit 0"
     assert (await closed.run("print(1)")).output == "1\n"
 
 
