@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from runs import column, config_of, killed, metrics, same_bits, saved_weights, train, without_clock, write_rows
 from whet.batch import collate
 from whet.compose import compose, evaluate
-from whet.errors import ConfigError, DataError
+from whet.errors import ConfigError, DataError, ModelError
 from whet.models.tiny import make_tiny
 
 PAIRED = ("dpo", "apo", "simpo", "cpo", "cpo-simpo", "orpo")
@@ -71,7 +71,8 @@ def config(tmp_path, tiny_qwen, files):
             "optim__lr": 5e-3 if mode == "full" else 2e-2,
             "backend__threads": 1,
             "data__cache_dir": str(tmp_path / "cache"),
-            **({"distill__teacher": files["teacher"], "rollout__max_tokens": 6} if method in DISTILLS else {}),
+            **({"distill__teacher": files["teacher"]} if method in DISTILLS else {}),
+            **({"rollout__max_tokens": 6} if method == "gkd" else {}),
             **MODES[mode],
         }
         return config_of(method, tmp_path / name, **(given | settings))
@@ -268,3 +269,21 @@ def test_a_reference_of_another_shape_cannot_follow_the_policy(config, files):
 def test_evaluation_against_itself_is_said(config, files, caplog):
     metrics = asyncio.run(evaluate(config("dpo", "itself", data__eval=files["preference"])))[0]
     assert metrics["eval/rewards/margins"] == 0 and "the model is held against itself" in caplog.text
+
+
+def test_a_frozen_model_that_no_loss_asks_is_refused(config, files):
+    with pytest.raises(ConfigError, match=r"reference is given, but the loss \(simpo\) does not ask the reference"):
+        compose(config("dpo", loss__use="simpo", reference__precompute=True))
+    with pytest.raises(ConfigError, match=r"distill.teacher is given, but the loss \(sft\) does not ask the teacher"):
+        compose(config("distill", loss__use="sft"))
+
+
+def test_completions_that_the_model_has_no_positions_for_are_refused_before_it_is_loaded(config, monkeypatch):
+    monkeypatch.setattr("whet.roles.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ConfigError, match=r"4,096 positions .*; lower rollout.max_tokens or data.max_length"):
+        compose(config("gkd", rollout__max_tokens=5000))
+
+
+def test_a_missing_teacher_is_reported_under_its_own_name(config, tmp_path):
+    with pytest.raises(ModelError, match=r"distill.teacher is .*/nowhere"):
+        compose(config("distill", distill__teacher=str(tmp_path / "nowhere"), rollout__max_tokens=256))

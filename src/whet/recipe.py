@@ -10,6 +10,7 @@ from whet.annotate import Annotate, TeacherTopK
 from whet.config.base import Plugin
 from whet.config.names import did_you_mean
 from whet.config.plugin import resolve, validated_options
+from whet.config.roles import ReferenceConfig
 from whet.config.rules import DISTILLS
 from whet.config.run import LossConfig, RunConfig
 from whet.credit import CREDITS, Credit
@@ -46,9 +47,7 @@ def method_of(config: RunConfig) -> Method:
     method = completed(replace(method, terms=_distinct(method.terms)))
     _check_pairs(method)
     check(method)
-    if "teacher" in method.roles and config.method not in DISTILLS:
-        learns = ", ".join(term.name for term in method.terms if any(c.startswith("teacher_") for c in term.reads))
-        raise ConfigError(f"loss {learns!r} learns from a teacher, and {config.method} has none; set method to gkd")
+    _check_roles(method, config)
     return method
 
 
@@ -124,6 +123,22 @@ def _distinct(terms: Sequence[Term]) -> tuple[Term, ...]:
         seen[term.name] += 1
         named.append(term if seen[term.name] == 1 else replace(term, name=f"{term.name}-{seen[term.name]}"))
     return tuple(named)
+
+
+def _check_roles(method: Method, config: RunConfig) -> None:
+    """A frozen model that a loss asks must be there, and one that is given must be asked."""
+    if "teacher" in method.roles and config.method not in DISTILLS:
+        learns = ", ".join(term.name for term in method.terms if any(c.startswith("teacher_") for c in term.reads))
+        raise ConfigError(f"loss {learns!r} learns from a teacher, and {config.method} has none; set method to gkd")
+    asked = {"reference": config.reference != ReferenceConfig(), "teacher": config.distill.teacher is not None}
+    for role, given in asked.items():
+        if given and role not in method.roles and method.source == "rows":
+            section = "reference" if role == "reference" else "distill.teacher"
+            names = ", ".join(term.name for term in method.terms)
+            raise ConfigError(
+                f"{section} is given, but the loss ({names}) does not ask the {role} anything; remove it, or choose "
+                "another loss.use"
+            )
 
 
 def _check_pairs(method: Method) -> None:

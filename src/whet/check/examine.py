@@ -6,6 +6,8 @@ Every training command begins with it, and `whet check` ends with it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +21,7 @@ from whet.config.rules import SAMPLES
 from whet.config.run import RunConfig
 from whet.data.prepared import Prepared
 from whet.data.prompts import Prompts
-from whet.errors import ConfigError, Gathering
+from whet.errors import ConfigError, Gathering, ModelError
 from whet.feeds import PromptFeed, RowFeed
 from whet.keeper import Keeper
 from whet.methods import METHODS, Method, completed
@@ -90,7 +92,7 @@ def _settings(found: Examined, trains: bool) -> None:
 
 
 def _models(found: Examined) -> int | None:
-    """Folders and tokenizers of the policy and of the models beside it. Returns the policy's positions."""
+    """Folders and tokenizers of the policy and of the models beside it. Returns how many positions all of them have."""
     config, errors, positions = found.config, found.errors, None
     with errors.going_on():
         found.tokenizer = load_tokenizer(config.model)
@@ -99,13 +101,24 @@ def _models(found: Examined) -> int | None:
     beside = {} if found.method is None else frozen_models(config, found.method)
     for setting, model in beside.items():
         with errors.going_on():
-            check_model_folder(model)
+            with _named(setting):
+                theirs = check_model_folder(model)
+            positions = min((one for one in (positions, theirs) if one is not None), default=None)
             if found.tokenizer is not None:
                 check_same_vocabulary(found.tokenizer, model, where=setting)
     if found.tokenizer is not None and found.method is not None and not found.method.scores:
         with errors.going_on():
             found.stop_token_ids = stop_tokens_in_files(config.model, found.tokenizer)
     return positions
+
+
+@contextmanager
+def _named(setting: str) -> Iterator[None]:
+    """Errors about a model say which setting names it."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.path is", f"{setting} is", 1)) from error
 
 
 def _data(found: Examined, positions: int | None) -> None:
@@ -119,10 +132,12 @@ def _data(found: Examined, positions: int | None) -> None:
     else:
         return
     found.feed = feed
-    if positions is not None and feed.longest > positions:
+    decoded = 0 if method is None else _decoded_length(feed, config, method)
+    if positions is not None and (longest := max(feed.longest, decoded)) > positions:
+        remedy = feed.remedy if feed.longest > positions else "lower rollout.max_tokens or data.max_length"
         text = (
-            f"the longest sequence has {feed.longest:,} tokens, but the model has {positions:,} positions "
-            f"(max_position_embeddings in its config.json); {feed.remedy}, or use a model that reads further"
+            f"the longest sequence has {longest:,} tokens, but the model has {positions:,} positions "
+            f"(max_position_embeddings in its config.json); {remedy}, or use a model that reads further"
         )
         with errors.going_on():
             raise ConfigError(text)
@@ -140,7 +155,7 @@ def _data(found: Examined, positions: int | None) -> None:
                     "settings are others than %s was trained with: %s", found.keeper.found, "; ".join(changed)
                 )
         units = sizes_of(feed.train, config)
-        found.work = work_of(units, found.schedule, config, decoded_length=_decoded_length(feed, config, method))
+        found.work = work_of(units, found.schedule, config, decoded_length=decoded)
 
 
 def _decoded_length(feed: RowFeed | PromptFeed, config: RunConfig, method: Method) -> int:
