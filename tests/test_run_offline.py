@@ -287,3 +287,12 @@ def test_completions_that_the_model_has_no_positions_for_are_refused_before_it_i
 def test_a_missing_teacher_is_reported_under_its_own_name(config, tmp_path):
     with pytest.raises(ModelError, match=r"distill.teacher is .*/nowhere"):
         compose(config("distill", distill__teacher=str(tmp_path / "nowhere"), rollout__max_tokens=256))
+
+
+def test_an_adapter_is_evaluated_against_its_base_with_the_configuration_it_was_trained_with(config, tmp_path, files):
+    held_out = {"data__eval": files["preference"], "train__steps": 4}
+    run = train(config("dpo", mode="lora", **held_out))
+    again = config("dpo", mode="lora", **held_out, model__path=str(tmp_path / "out"))
+    found, _ = asyncio.run(evaluate(again))
+    assert found == pytest.approx(run.loop.progress.last_eval, rel=1e-5)
+    assert found["eval/rewards/margins"] != 0

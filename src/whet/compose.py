@@ -22,6 +22,7 @@ from whet.log import RunLog
 from whet.loop import Loop
 from whet.methods import Method
 from whet.models.card import write_card
+from whet.models.source import adapter_base
 from whet.roles import Policy, load_policy
 from whet.types import Episode
 
@@ -102,13 +103,16 @@ async def evaluate(config: RunConfig) -> tuple[dict[str, float], tuple[Episode, 
         config = config.model_copy(update={"data": config.data.model_copy(update={"train": None})})
     elif not config.data.eval_share:
         raise ConfigError("there is no held-out data to evaluate on; set data.eval")
+    is_adapter = adapter_base(config.model) is not None
+    if is_adapter:  # the configuration it was trained with asks for a new one, which evaluation has no use for
+        config = config.model_copy(update={"model": config.model.model_copy(update={"adapter": None})})
     found = examine(config, trains=False)
     found.errors.refuse()
     method, tokenizer, feed = found.method, found.tokenizer, found.feed
     assert method is not None and tokenizer is not None and feed is not None, "what is missing has been refused"
     if feed.eval is None:
         raise ConfigError("there is no held-out data to evaluate on; set data.eval")
-    if method.source == "rows" and "reference" in method.roles and config.reference.path is None:
+    if method.source == "rows" and "reference" in method.roles and config.reference.path is None and not is_adapter:
         logger.warning(
             "reference.path is not given, so the model is held against itself and all log-ratios are 0; set it to the "
             "model that the training began with"

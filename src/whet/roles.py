@@ -21,7 +21,7 @@ from whet.engines.local.engine import LocalEngine
 from whet.engines.protocol import Engine
 from whet.errors import ConfigError
 from whet.methods import REFERENCE, Method
-from whet.models.adapters import reference_is_adapter_off
+from whet.models.adapters import has_adapter, reference_is_adapter_off
 from whet.models.digest import digest
 from whet.models.load import load_model, stop_token_ids
 
@@ -123,7 +123,7 @@ def load_policy(config: RunConfig, method: Method, tokenizer: PreTrainedTokenize
     if train and arithmetic.device.type == "cpu" and config.model.dtype == "float16":
         raise ConfigError("model.dtype is 'float16', which a CPU does not train in; use float32 or bfloat16")
     torch.manual_seed(config.seed)
-    loader = _Loader(config, method, tokenizer, arithmetic)
+    loader = _Loader(config, method, tokenizer, arithmetic, train)
     model = load_model(config.model, arithmetic.device, scores=method.scores)
     backends = {"policy": loader.backend(model, optim=config.optim if train else None)}
     roles = method.roles if train or method.source == "rows" else frozenset()
@@ -161,6 +161,7 @@ class _Loader:
     method: Method
     tokenizer: PreTrainedTokenizerBase
     arithmetic: Arithmetic
+    train: bool
 
     def backend(self, model: Any, **options: Any) -> Backend:
         """A backend over a model that is loaded."""
@@ -180,8 +181,8 @@ class _Loader:
         return self.backend(load_model(model, self.arithmetic.device).requires_grad_(False))
 
     def reference(self, policy: Backend) -> Backend:
-        """Another model if one is named; under a new adapter the policy with its adapter off; otherwise, and under
-        an adapter that is trained on, a second copy of what the run began with.
+        """Another model if one is named; under a new adapter, or one that is only evaluated, the policy with its
+        adapter off; otherwise, and under an adapter that is trained on, a second copy of what the run began with.
 
         Where it is computed before the first step, the policy itself is still that copy.
         """
@@ -191,7 +192,7 @@ class _Loader:
             if settings.sync_steps is not None:
                 _check_same_shapes(other.model, policy.model, settings.path)
             return other
-        if reference_is_adapter_off(policy.model):
+        if reference_is_adapter_off(policy.model) or (not self.train and has_adapter(policy.model)):
             return WithoutAdapter(policy)
         if settings.precompute and not _held_against(self.method):
             return policy

@@ -203,11 +203,12 @@ def _distillation(config: RunConfig) -> Iterator[Problem]:
                 f"rollout.{name} is {value}, but {config.method} has no use for it: a step takes train.batch_size "
                 "rows, with one completion each; remove it",
             )
-    lmbda = config.distill.lmbda if config.distill.lmbda is not None else float(config.method == "gkd")
-    if lmbda == 0 and not config.distill.seq_kd and config.rollout != RolloutConfig():
+    # Where lmbda is written, 0 is one of several that are tried with the same configuration.
+    samples = config.method == "gkd" or config.distill.lmbda is not None or config.distill.seq_kd
+    if not samples and config.rollout != RolloutConfig():
         yield _problem(
             "rollout",
-            "rollout is given, but nothing is sampled: distill.lmbda is 0 and distill.seq_kd is false; remove it, or "
+            "rollout is given, but distill samples nothing unless distill.lmbda or distill.seq_kd says so; remove it, or "
             "set one of them",
         )
 

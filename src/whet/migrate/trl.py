@@ -125,7 +125,7 @@ def _beside(path: str, word: Word) -> str:
 
 
 def _trainer(draft: Draft, method: str | None, command: str | None) -> tuple[str, str]:
-    """The trainer and how it is known: said, named by the command, told by a name, or by the file's own name."""
+    """The trainer and how it is known: said, named by the command, told by a name or by the file's own name."""
     word = command.removesuffix(".py") if command else None
     for name, source in ((method, "--method"), (word, f"the command in {draft.file}")):
         if name is not None and name not in TRAINERS:
@@ -141,12 +141,15 @@ def _trainer(draft: Draft, method: str | None, command: str | None) -> tuple[str
     for trainer, names in _TELLS.items():
         if name := next((name for name in names if name in draft.names), None):
             return trainer, named(name, draft.names[name].source)
-    if loss is not None:
-        return "dpo", named("loss_type", draft.names["loss_type"].source)
     for part in Path(draft.file).stem.lower().replace("-", "_").split("_"):
         if part in TRAINERS:
             draft.remarks.append(f"the method is taken from the file's name; if it is not {part}, say it with --method")
             return TRAINERS[part], f"the name of {draft.file}"
+    if loss is not None:
+        draft.remarks.append(
+            "loss_type names a loss on pairs that several trainers have; if it is not dpo, say --method"
+        )
+        return "dpo", named("loss_type", draft.names["loss_type"].source)
     if name := next((name for name in _SUPERVISED if name in draft.names), None):
         return "sft", named(name, draft.names[name].source)
     raise ConfigError(
