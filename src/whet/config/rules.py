@@ -208,8 +208,8 @@ def _distillation(config: RunConfig) -> Iterator[Problem]:
     if not samples and config.rollout != RolloutConfig():
         yield _problem(
             "rollout",
-            "rollout is given, but distill samples nothing unless distill.lmbda or distill.seq_kd says so; remove it, or "
-            "set one of them",
+            "rollout is given, but distill samples nothing unless distill.lmbda or distill.seq_kd says so; remove it, "
+            "or set one of them",
         )
 
 
