@@ -26,7 +26,8 @@ MOST_LINES = 100
 
 SHORT = ["--train.steps", "2", "--data.cache_dir", "cache", "--log.progress", "false"]
 SHORTER = {
-    "sft": ["--train.batch_size", "4"],
+    **{method: ["--train.batch_size", "4"] for method in ("sft", "dpo", "reward")},
+    "gkd": ["--train.batch_size", "4", "--rollout.max_tokens", "4"],
     "grpo": [
         *("--rollout.prompts_per_step", "2", "--rollout.group_size", "3", "--rollout.max_tokens", "4"),
         *("--eval.max_prompts", "2"),
@@ -45,12 +46,15 @@ SOLUTIONS = [
 def folder(tmp_path: Path, tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the examples, with a tiny model under each name that they use and a few solutions as GSM8K."""
     shutil.copytree(EXAMPLES, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("runs", "cache"))
-    for name in ("Qwen/Qwen3-0.6B", "tiny", "runs/expressions-sft", "runs/gsm8k-sft"):
+    for name in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", "tiny", "runs/expressions-sft", "runs/gsm8k-sft"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(tiny_qwen)
     rows = [{"question": f"{question} {i}?", "answer": answer} for i in range(4) for question, answer in SOLUTIONS]
     write_rows(tmp_path / "gsm8k_train.jsonl", rows)
     write_rows(tmp_path / "gsm8k_test.jsonl", rows[-1:])
+    pairs = [{"prompt": row["question"], "chosen": row["answer"], "rejected": "#### 0"} for row in rows]
+    for name in ("preference_train", "preference_held_out", "reward_train", "reward_held_out"):
+        write_rows(tmp_path / f"gsm8k_{name}.jsonl", pairs)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     precision = torch.get_float32_matmul_precision()
