@@ -93,7 +93,7 @@ def test_help_says_what_it_reads(capsys):
 def test_every_setting_says_where_it_came_from(imported: Import):
     lines = configuration(imported("trl", DPO, "dpo.yaml")).splitlines()
     assert lines[0] == "# From dpo.yaml (TRL)."
-    assert "method: dpo  # loss_type, line 4" in lines
+    assert "method: dpo  # the name of dpo.yaml" in lines
     assert "  path: m  # model_name_or_path, line 1" in lines
     assert "  epochs: 3.0  # TRL's default" in lines
     settings = [line for line in lines if ":" in line and not line.lstrip().startswith("#")]

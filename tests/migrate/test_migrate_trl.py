@@ -79,6 +79,13 @@ def test_the_trainer_is_told_by_the_files_name_where_nothing_else_tells(imported
     assert any("taken from the file's name" in remark for remark in result.remarks)
 
 
+def test_a_loss_that_several_trainers_have_is_the_one_of_the_files_name(imported: Import):
+    assert loaded(imported("trl", BASE + "loss_type: sigmoid\nbeta: 0.1\n", "my_cpo.yaml")).method == "cpo"
+    unnamed = imported("trl", BASE + "loss_type: sigmoid\nbeta: 0.1\n", "run.yaml")
+    assert loaded(unnamed).method == "dpo"
+    assert any("if it is not dpo, say --method" in remark for remark in unnamed.remarks)
+
+
 def test_without_a_trainer_the_import_asks_for_it(imported: Import):
     with pytest.raises(ConfigError, match="nothing in it tells which of TRL's trainers"):
         imported("trl", BASE)
