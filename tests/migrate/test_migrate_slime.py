@@ -24,7 +24,7 @@ export PYTHONBUFFERED=16
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" &>/dev/null && pwd)"
 source "${SCRIPT_DIR}/models/glm4-9B.sh"
 
-BASE=/root/GLM-Z1-9B-0414
+BASE=/models/GLM-Z1-9B-0414
 CKPT_ARGS=(
    # sglang 需要的 hf ckpt
    --hf-checkpoint ${BASE}
@@ -35,7 +35,7 @@ CKPT_ARGS=(
 )
 
 ROLLOUT_ARGS=(
-   --prompt-data /root/dapo-math-17k/dapo-math-17k.jsonl
+   --prompt-data /models/dapo-math-17k/dapo-math-17k.jsonl
    --input-key prompt
    --label-key label
    --apply-chat-template
@@ -55,7 +55,7 @@ ROLLOUT_ARGS=(
 
 EVAL_ARGS=(
    --eval-interval 5
-   --eval-prompt-data aime /root/aime-2024/aime-2024.jsonl
+   --eval-prompt-data aime /models/aime-2024/aime-2024.jsonl
    --n-samples-per-eval-prompt 16
    --eval-max-response-len 16384
    --eval-top-p 0.7
@@ -110,7 +110,7 @@ ray start --head --node-ip-address ${MASTER_ADDR} --num-gpus 8 --disable-usage-s
 
 RUNTIME_ENV_JSON="{
   \"env_vars\": {
-    \"PYTHONPATH\": \"/root/Megatron-LM/\"
+    \"PYTHONPATH\": \"/models/Megatron-LM/\"
   }
 }"
 
@@ -147,15 +147,15 @@ def test_a_launch_script_becomes_a_configuration(imported: Import, tmp_path: Pat
     (tmp_path / "models" / "glm4-9B.sh").write_text(MODEL)
     result = imported("slime", SCRIPT, "run.sh")
     config = loaded(result)
-    assert (config.method, config.model.path) == ("grpo", "/root/GLM-Z1-9B-0414")
-    assert config.output_dir == "/root/GLM-Z1-9B-0414_slime/"
+    assert (config.method, config.model.path) == ("grpo", "/models/GLM-Z1-9B-0414")
+    assert config.output_dir == "/models/GLM-Z1-9B-0414_slime/"
     assert (config.data.train, config.data.chat, config.data.shuffle) == (
-        "/root/dapo-math-17k/dapo-math-17k.jsonl",
+        "/models/dapo-math-17k/dapo-math-17k.jsonl",
         "always",
         True,
     )
     assert config.data.columns == {"prompt": "prompt", "label": "label"}
-    assert config.data.eval == "/root/aime-2024/aime-2024.jsonl"
+    assert config.data.eval == "/models/aime-2024/aime-2024.jsonl"
     assert config.reward.use == "math"  # type: ignore[union-attr]
     rollout = config.rollout
     assert (rollout.prompts_per_step, rollout.group_size, rollout.optimizer_steps) == (32, 8, 4)
