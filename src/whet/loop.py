@@ -100,9 +100,8 @@ class Loop:
         if self.config.eval.at_start and self.progress.step == 0:
             await self._evaluate()
         elif self.config.eval.metric and self.evaluate is not None:
-            self._metric(
-                await self.evaluate(self.progress.running)
-            )  # to learn at the end that there is no such metric would be late
+            # To learn at the end that there is no such metric would be late.
+            self._metric(await self.evaluate(self.progress.running))
         while not self.finished and not self._stop_requested:
             metrics = await self.train_step()
             step = self.progress.step

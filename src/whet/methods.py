@@ -59,8 +59,8 @@ Task = Literal["sft", "preference", "unpaired", "reward", "prompts"]
 class Method:
     """What one training step does with a batch.
 
-    `annotate` need not name the stages that write what terms and credit read, where `WRITERS` knows one: see
-    `completed`. `scores` methods train a score head in place of the language-model head.
+    `annotate` need not name the stages that write what terms and credit read: `completed` adds those.
+    `scores` methods train a score head in place of the language-model head.
     """
 
     name: str

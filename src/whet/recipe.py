@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 from whet.annotate import Annotate, TeacherTopK
 from whet.config.base import Plugin
-from whet.config.names import did_you_mean
+from whet.config.names import did_you_mean, unique_names
 from whet.config.plugin import resolve, validated_options
 from whet.config.roles import ReferenceConfig
 from whet.config.rules import DISTILLS
@@ -117,12 +116,8 @@ def _term(written: LossConfig, where: str, own: Term | None) -> Term:
 
 def _distinct(terms: Sequence[Term]) -> tuple[Term, ...]:
     """Terms with names that metrics can tell apart: sft, sft-2."""
-    seen: Counter[str] = Counter()
-    named = []
-    for term in terms:
-        seen[term.name] += 1
-        named.append(term if seen[term.name] == 1 else replace(term, name=f"{term.name}-{seen[term.name]}"))
-    return tuple(named)
+    names = unique_names([term.name for term in terms])
+    return tuple(replace(term, name=name) for term, name in zip(terms, names, strict=True))
 
 
 def _check_roles(method: Method, config: RunConfig) -> None:

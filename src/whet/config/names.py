@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import types
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -176,3 +177,13 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """`; did you mean train.epochs?`, or nothing."""
     near = nearest(name, names)
     return f"; did you mean {any_of(near)}?" if near else ""
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Names with a number after each repetition: math, exact, math-2."""
+    seen: Counter[str] = Counter()
+    result = []
+    for name in names:
+        seen[name] += 1
+        result.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return result

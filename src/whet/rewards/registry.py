@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
-from whet.config.names import did_you_mean
+from whet.config.names import did_you_mean, unique_names
 from whet.config.plugin import options_of, resolve, validated_options
 from whet.config.problems import problems_of
 from whet.config.rollout import RewardConfig
@@ -197,13 +196,3 @@ def required_positionals(target: Callable[..., Any], use: str, where: str) -> li
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(target).parameters.values()
     return [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
-
-
-def unique_names(names: Sequence[str]) -> list[str]:
-    """Names with a number after each repetition: math, exact, math-2."""
-    seen: Counter[str] = Counter()
-    result = []
-    for name in names:
-        seen[name] += 1
-        result.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
-    return result
