@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -98,7 +97,7 @@ class RowFeed:
 
     def _compute_once(self, policy: Policy) -> None:
         data = self.config.data
-        root = Path(data.cache_dir).expanduser() if data.cache_dir else cache.default_folder()
+        root = cache.root_of(data.cache_dir)
         for stage, role in policy.computed_once:
             model = policy.backends[role]
             known = {"role": role, "key": policy.content(role), "root": root, "max_gb": data.cache_gb}

@@ -30,6 +30,11 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whet"
 
 
+def root_of(cache_dir: str | None) -> Path:
+    """The folder that holds the entries: what `data.cache_dir` names, or the default."""
+    return Path(cache_dir).expanduser() if cache_dir else default_folder()
+
+
 def load(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """The arrays and the notes that `store` put in `folder`; None when they are not there or damaged."""
     try:

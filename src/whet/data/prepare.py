@@ -66,7 +66,7 @@ def prepare(
     if task != "sft" and cfg.train_on == "all":
         raise ConfigError("data.train_on is 'all', but what is judged are completions; set it to 'completion'")
     sources = parse_sources(paths)
-    root = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else cache.default_folder()
+    root = cache.root_of(cfg.cache_dir)
     folder = root / f"{task}-{_key(cfg, sources, tokenizer)[:32]}"
     found = cache.load(folder)
     if found is None:
