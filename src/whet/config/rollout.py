@@ -28,9 +28,64 @@ class RolloutConfig(Config):
     """Texts that end a completion."""
     stop_token_ids: list[int] = Field(default_factory=list)
     """Tokens that end a completion, beside the model's end-of-sequence tokens."""
-    max_staleness: int = Field(default=0, ge=0, le=0)
-    """Optimizer steps by which a sample may be older than the policy it trains. 0 is synchronous, the
-    only choice of the embedded engine."""
+    num_ppo_epochs: int = Field(default=1, ge=1)
+    """Times that a step goes over its completions; each time makes `optimizer_steps` steps."""
+    mode: Literal["sync", "one_step_off", "async"] = "sync"
+    """`sync` samples, then trains. `one_step_off` samples the next step while this one is trained. `async` keeps
+    sampling across steps and takes new weights at once, within `max_staleness`. The last two keep a second copy of
+    the weights."""
+    max_staleness: int | None = Field(default=None, ge=0)
+    """Optimizer steps by which the oldest token of a group may be older than the policy that a step begins with.
+    Given by the mode but for `async`, where the default is twice those of one step, and `partial`, which has no
+    limit unless one is given."""
+    stale: Literal["refresh", "drop"] = "refresh"
+    """What becomes of a group that is too old: its prompt is sampled again (`refresh`) or left out (`drop`)."""
+    oversampling: int | None = Field(default=None, ge=1)
+    """Prompts that are sampled at a time, at least `prompts_per_step`; sampling stops, and the rest is aborted, as soon
+    as `prompts_per_step` groups are kept."""
+    filter: Plugin | None = None
+    """Which groups are kept, judged as each is completed: `nonzero_std`, or a function of your own,
+    `(args, samples) -> bool`."""
+    max_fetches: int = Field(default=20, ge=1)
+    """Times that a step may ask for more prompts because groups were rejected before the run stops and says so."""
+    partial: bool = False
+    """Keep what aborted completions have so far, and go on with them in a later step."""
+    mask_offpolicy: bool = False
+    """Do not train tokens that were sampled in an earlier step (with `partial`)."""
+    buffer: Plugin | None = None
+    """In which order left-over groups are sampled on: `pop_first`, or a function of your own,
+    `(args, rollout_id, buffer, num_samples) -> groups`."""
+    sample_filter: Plugin | None = None
+    """A function of your own over the kept groups of a step, `(args, groups)`, which sets `remove_sample` on samples
+    that are not to be trained."""
+    retries: int = Field(default=0, ge=0)
+    """Times that an episode which failed is played again."""
+    source: Plugin | None = None
+    """Where prompts come from in place of the shuffled rows of `data.train`: a class called with them."""
+    generate: Plugin | None = None
+    """A function of your own that plays an episode, in place of environment and engine."""
+
+    @property
+    def completions_per_step(self) -> int:
+        """Completions that a step trains on."""
+        return self.prompts_per_step * self.group_size
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps of one step of the loop."""
+        return self.optimizer_steps * self.num_ppo_epochs
+
+    @property
+    def staleness(self) -> int | None:
+        """The bound on the age of what is trained on, in optimizer steps; None where `partial` sets none."""
+        if self.max_staleness is not None or self.partial:
+            return self.max_staleness
+        return {"sync": 0, "one_step_off": self.updates_per_step, "async": 2 * self.updates_per_step}[self.mode]
+
+    @property
+    def fetch(self) -> int:
+        """Prompts that are sampled at a time."""
+        return self.oversampling or self.prompts_per_step
 
 
 class EngineConfig(Config):

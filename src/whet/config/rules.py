@@ -12,6 +12,7 @@ from whet.config.names import did_you_mean, show
 from whet.config.problems import Problem
 from whet.config.roles import ReferenceConfig
 from whet.config.rollout import RolloutConfig
+from whet.config.rollout_rules import idle_problems, rollout_problems
 from whet.config.run import RunConfig
 from whet.config.sample_rules import sampling_problems
 from whet.config.train import EvalConfig, TrainConfig
@@ -203,6 +204,7 @@ def _distillation(config: RunConfig) -> Iterator[Problem]:
                 f"rollout.{name} is {value}, but {config.method} has no use for it: a step takes train.batch_size "
                 "rows, with one completion each; remove it",
             )
+    yield from idle_problems(config.rollout, config.method)
     # Where lmbda is written, 0 is one of several that are tried with the same configuration.
     samples = config.method == "gkd" or config.distill.lmbda is not None or config.distill.seq_kd
     if not samples and config.rollout != RolloutConfig():
@@ -240,6 +242,7 @@ def _groups(config: RunConfig) -> Iterator[Problem]:
     if not _reinforces(config):
         return
     rollout = config.rollout
+    yield from rollout_problems(rollout, has_env=config.env is not None)
     credit = config.credit.use if config.credit else "grpo"
     if rollout.group_size == 1 and credit in GROUP_CREDITS:
         yield _problem(

@@ -8,6 +8,7 @@ from whet.config.data import DataConfig
 from whet.config.names import show
 from whet.config.problems import Problem
 from whet.config.rollout import RolloutConfig
+from whet.config.rollout_rules import idle_problems
 from whet.config.run import RunConfig
 from whet.config.sample import SampleConfig
 
@@ -29,6 +30,7 @@ def sampling_problems(config: RunConfig) -> Iterator[Problem]:
     if config.rollout.optimizer_steps != RolloutConfig.model_fields["optimizer_steps"].default:
         steps = config.rollout.optimizer_steps
         yield _problem("rollout.optimizer_steps", steps, "sample takes no optimizer steps; remove it")
+    yield from idle_problems(config.rollout, METHOD)
     if config.data.max_length != DataConfig.model_fields["max_length"].default:
         limits = "data.max_prompt_length limits prompts and rollout.max_tokens completions"
         yield _problem("data.max_length", config.data.max_length, f"sample has no use for it: {limits}; remove it")
