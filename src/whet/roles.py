@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,15 @@ from whet.config.plugin import resolve
 from whet.config.rules import DISTILLS
 from whet.config.run import RunConfig
 from whet.engines.local.engine import LocalEngine
+from whet.engines.local.weights import num_bytes, own_copy
 from whet.engines.protocol import Engine
 from whet.errors import ConfigError
 from whet.methods import REFERENCE, Method
 from whet.models.adapters import has_adapter, reference_is_adapter_off
 from whet.models.digest import digest
 from whet.models.load import load_model, stop_token_ids
+
+logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, Any] = {"local": LocalBackend}
 ENGINES: dict[str, Any] = {"local": LocalEngine}
@@ -79,16 +83,22 @@ class Policy:
         if not any(role in stage.roles for stage in self.method.annotate if stage not in once):
             self.backends.pop(role)
 
-    def engine(self, role: str = "policy") -> Engine:
-        """A new engine over the weights of the model in this role."""
-        config = self.config.engine
+    def engine(self, role: str = "policy", *, own_weights: bool = False) -> Engine:
+        """A new engine over the weights of the model in this role, or over a copy of them that `update_weights`
+        brings up to date, so that one thread may train while another samples."""
+        config, model = self.config.engine, self.backends[role].model
+        following: dict[str, Any] = {}
+        if own_weights:
+            model, following = own_copy(model), {"weights_from": model}
+            logger.info("the engine samples from a copy of the weights, %.0f MiB", num_bytes(model) / 2**20)
         return engine_maker(self.config)(
-            self.backends[role].model,
+            model,
             self.tokenizer,
             stop_token_ids=self.stop_token_ids,
             max_concurrent=config.max_concurrent,
             timeout_s=config.timeout_s,
             autocast=self.arithmetic.autocast,
+            **following,
         )
 
 

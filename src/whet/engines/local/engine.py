@@ -19,6 +19,7 @@ from whet.engines.local.forward import Forward
 from whet.engines.local.request import Request, StopText
 from whet.engines.local.rows import Rows
 from whet.engines.local.sampler import sample
+from whet.engines.local.weights import Following
 from whet.errors import EngineError
 from whet.types import Completion, FinishReason, Sampling
 
@@ -47,7 +48,8 @@ class _Prompt:
 
 
 class LocalEngine:
-    """Continuous batching in this process, with the trainer's own model object (see `engines.protocol.Engine`).
+    """Continuous batching in this process, with the trainer's own model object or a copy of it (see
+    `engines.protocol.Engine`).
 
     A step prefills what has joined, then decodes one token for every row. Requests join as soon as a row is
     free and leave at once; a prompt is computed once for all requests in flight that start with the same
@@ -57,6 +59,8 @@ class LocalEngine:
     `stop_token_ids` are the model's end-of-sequence tokens; `tokenizer` is needed for stop strings only.
     `autocast` is the type the trainer computes in, None without autocast. `timeout_s` bounds one completion.
     `prefill_tokens` bounds the prompt tokens of one forward call (a longer prompt goes alone).
+    `weights_from` is the model that is trained, where `model` is a copy of it (`weights.own_copy`): what is trained
+    is then copied by `update_weights`, and another thread may train while this one samples.
     Raises EngineError if the model cannot be served exactly (see `check`).
     """
 
@@ -71,6 +75,7 @@ class LocalEngine:
         autocast: torch.dtype | None = None,
         prefill_tokens: int = 8192,
         version: int = 0,
+        weights_from: nn.Module | None = None,
     ):
         self.tokenizer = tokenizer
         self.stop_token_ids = frozenset(stop_token_ids)
@@ -79,6 +84,9 @@ class LocalEngine:
         self.prefill_tokens = prefill_tokens
         self.version = version
         self._forward = Forward(model, max_rows=max_concurrent, autocast=autocast)
+        self._following = None if weights_from is None else Following(model, weights_from)
+        if self._following is not None:
+            self._following.update()
         self._vocabulary = len(self._forward.head.weight)
         check(model, self._vocabulary)
         self._rows = Rows(max_concurrent)
@@ -106,11 +114,14 @@ class LocalEngine:
                 self._withdraw(request)
 
     async def update_weights(self, snapshot: int) -> None:
-        """The weights are the trainer's own and have changed already: take note of their version.
+        """The weights are the trainer's own and have changed already, or are copied from there now, while nobody
+        writes to them: from here on they are those of version `snapshot`.
 
         Requests in flight go on with the keys and values that earlier versions computed; prompts that
         come from now on are computed anew.
         """
+        if self._following is not None:
+            self._following.update()
         self.version = snapshot
         self._prompts.clear()
         for request in [self._rows.requests[row] for row in self._rows.fresh()]:
