@@ -111,6 +111,8 @@ class Episode:
     `tokens`, `loss_mask` and `sampler_logprobs` cover prompt and response alike and grow together;
     injected tokens (tool output, further user turns) carry mask False and logprob 0. `response` is
     the text after the prompt. `rewards` holds one number per reward function, `reward` their sum.
+    `info` is what the environment counted (turns, calls), by name. `rollout` numbers, within the group, the
+    rollout that a sequence is a part of, where one rollout was split into several: they then count once.
     """
 
     prompt: Prompt
@@ -125,6 +127,8 @@ class Episode:
     rewards: dict[str, float] = field(default_factory=dict)
     status: Status = "pending"
     error: str | None = None
+    info: dict[str, float] = field(default_factory=dict)
+    rollout: int | None = None
 
     def __post_init__(self) -> None:
         if not self.tokens:

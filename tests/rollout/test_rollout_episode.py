@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 
 import pytest
 
@@ -167,3 +169,110 @@ def test_only_special_tokens_at_the_end_are_left_out_of_the_text(tokenizer):
     assert decode([start, *b"a , b", end, end]) == "<|im_start|>a , b"
     assert decode([*b"a!b!", end]) == "a!b"
     assert decode([end]) == decode([]) == ""
+
+
+# --- what an environment may have besides ---------------------------------------------------------------
+
+
+class Recorded(SingleTurn):
+    """Notes what is called, and counts."""
+
+    stop = ("</a>",)
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    async def step(self, completion: Completion) -> Turn:
+        self.called.append("step")
+        return Turn(done=True)
+
+    def info(self) -> dict[str, float]:
+        return {"num_turns": self.called.count("step")}
+
+    async def close(self) -> None:
+        self.called.append("close")
+
+
+async def test_stop_texts_of_an_environment_are_added_to_those_of_the_run(scripted, make_prompt, tokenizer):
+    engine = scripted(lambda *_: "x")
+    await play(engine, Recorded(), make_prompt("Q:"), tokenizer, stop=("###", "</a>"))
+    assert engine.calls[0][1].stop == ("###", "</a>")
+
+
+async def test_what_an_environment_counts_is_kept_and_it_is_closed(scripted, make_prompt, tokenizer):
+    env = Recorded()
+    episode = await play(scripted(lambda *_: "x"), env, make_prompt("Q:"), tokenizer)
+    assert episode.info == {"num_turns": 1.0}
+    assert env.called == ["step", "close"]
+
+
+@pytest.mark.parametrize("reason", ["length", "abort"])
+async def test_an_environment_is_closed_where_it_was_not_asked(reason, scripted, make_prompt, tokenizer):
+    env = Recorded()
+    await play(scripted(lambda *_: Completion([97], [-1.0], reason)), env, make_prompt("Q:"), tokenizer)
+    assert env.called == ["close"]
+
+
+async def test_an_environment_is_closed_when_its_episode_is_cancelled(scripted, make_prompt, tokenizer):
+    class Asleep(Recorded):
+        async def step(self, completion: Completion) -> Turn:
+            self.called.append("step")
+            await asyncio.sleep(60)
+            return Turn(done=True)
+
+    env = Asleep()
+    playing = asyncio.create_task(play(scripted(lambda *_: "x"), env, make_prompt("Q:"), tokenizer))
+    while not env.called:
+        await asyncio.sleep(0)
+    playing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await playing
+    assert env.called == ["step", "close"]
+
+
+async def test_an_environment_that_cannot_close_costs_nothing_but_a_warning(scripted, make_prompt, tokenizer, caplog):
+    class Jammed(Recorded):
+        async def close(self) -> None:
+            raise OSError("the door is stuck")
+
+    episode = await play(scripted(lambda *_: "x"), Jammed(), make_prompt("Q:"), tokenizer)
+    assert episode.status == "completed"
+    assert "Jammed.close raised OSError: the door is stuck" in caplog.text
+
+
+@pytest.mark.parametrize("counted", [{"n": float("nan")}, {"n": "many"}, None])
+async def test_what_is_no_count_fails_the_episode(counted, scripted, make_prompt, tokenizer):
+    class Vague(Recorded):
+        def info(self):
+            return counted
+
+    episode = await play(scripted(lambda *_: "x"), Vague(), make_prompt("Q:"), tokenizer)
+    assert episode.status == "failed" and "Vague.info" in (episode.error or "")
+
+
+async def test_plain_methods_run_in_threads_and_do_not_hold_up_the_others(scripted, make_prompt, tokenizer):
+    class Slow:
+        def reset(self) -> Observation:
+            time.sleep(0.2)
+            return Observation(tokenizer.encode("hi", add_special_tokens=False))
+
+        def step(self, completion: Completion) -> Turn:
+            time.sleep(0.2)
+            return Turn(done=True)
+
+    start = time.monotonic()
+    many = [play(scripted(lambda *_: "x"), Slow(), make_prompt("Q:"), tokenizer) for _ in range(8)]
+    episodes = await asyncio.gather(*many)
+    assert [episode.response for episode in episodes] == ["hix"] * 8
+    assert time.monotonic() - start < 1.6  # one after the other they take 3.2 s
+
+
+async def test_a_plain_method_that_hangs_fails_its_episode(scripted, make_prompt, tokenizer):
+    class Stuck(SingleTurn):
+        def step(self, completion: Completion) -> Turn:
+            threading.Event().wait(2)
+            return Turn(done=True)
+
+    prompt = make_prompt("Q:")
+    episode = await play(scripted(lambda *_: "x"), Stuck(prompt, tokenizer), prompt, tokenizer, timeout_s=0.05)
+    assert episode.error == "environment Stuck.step did not answer within 0.05 s"

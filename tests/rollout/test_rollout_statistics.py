@@ -78,3 +78,12 @@ def test_repetition_is_the_share_of_runs_of_four_seen_before():
     assert repetition(an_episode(0, 1.0, list(range(50)))) == 0.0
     assert repetition(an_episode(0, 1.0, [5] * 104)) == pytest.approx(100 / 101)
     assert repetition(an_episode(0, 1.0, [1, 2, 3])) == repetition(an_episode(0, 1.0, [])) == 0.0
+
+
+def test_what_environments_count_is_averaged_over_the_scored_episodes_that_have_it():
+    group = [an_episode(0, 1.0, [1]), an_episode(1, 0.0, [1]), an_episode(2, 0.0, [1]), an_episode(3, None, [1])]
+    counted = ({"num_calls": 3}, {"num_calls": 1, "misses": 2}, {}, {"num_calls": 50})
+    for episode, info in zip(group, counted, strict=True):
+        episode.info = info
+    metrics = metrics_of(group)
+    assert (metrics["rollout/env/num_calls"], metrics["rollout/env/misses"]) == (2.0, 2.0)

@@ -6,15 +6,14 @@ import asyncio
 import inspect
 import logging
 import math
-import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from whet.config.backend import BackendConfig
 from whet.errors import DataError, RewardError
+from whet.rollout.threads import in_thread
 from whet.types import Episode, Prompt
 
 logger = logging.getLogger(__name__)
@@ -292,23 +291,6 @@ def fault_of(check: Callable[[Prompt], None], prompt: Prompt) -> str | None:
     except ValueError as error:
         return f"{prompt_in_words(prompt)}: {error}"
     return None
-
-
-def in_thread(function: Callable[[Any], Any], judged: Any) -> Future[Any]:
-    """Run a function in a thread that neither the program's end nor another call ever waits for."""
-    future: Future[Any] = Future()
-
-    def work() -> None:
-        try:
-            result = function(judged)
-        except BaseException as error:  # whatever it is belongs to the caller
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    future.set_running_or_notify_cancel()
-    threading.Thread(target=work, name="whet-reward", daemon=True).start()
-    return future
 
 
 def prompt_in_words(prompt: Prompt) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import inspect
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +14,15 @@ from whet.engines.protocol import Engine
 from whet.errors import EngineError
 from whet.rollout.protocols import Env, Observation, Turn
 from whet.rollout.seeds import derive_seed
+from whet.rollout.threads import Threads
 from whet.types import Completion, Episode, Sampling
+
+logger = logging.getLogger(__name__)
+
+CLOSING_S = 30.0
+"""Most seconds that an environment may take to close."""
+threads = Threads(64)
+"""Where plain (not async) methods of environments run."""
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -41,12 +52,18 @@ async def play_episode(
     seed derived from (seed, group, index, turn). Status: `completed` (the environment ended it),
     `truncated` (the tokens ran out), `aborted` (the engine was told to stop), `failed` (the
     environment raised or took longer than `timeout_s`; `error` says why).
+    The environment's own stop texts are added to those of `sampling`; what it counts becomes the episode's
+    `info`; it is closed at the end, however that came.
     Raises EngineError if the engine fails, or does not answer one completion within `timeout_s`.
     """
+    sampling = replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *getattr(env, "stop", ())))))
     try:
         await _play(episode, env, engine, sampling, seed, timeout_s)
+        episode.info = _info(env)
     except _EnvFailure as failure:
         episode.status, episode.error = "failed", str(failure)
+    finally:
+        await _close(env)
     episode.response = decode(episode.tokens[len(episode.prompt.tokens) :])
     return episode
 
@@ -104,8 +121,41 @@ async def _ask(env: Env, method: str, timeout_s: float, *arguments: Completion) 
     limit = asyncio.timeout(timeout_s)
     try:
         async with limit:
-            return await getattr(env, method)(*arguments)
+            return await _call(getattr(env, method), *arguments)
     except Exception as error:  # an environment is the user's code: any failure of it costs one episode, not the run
         if limit.expired():
             raise _EnvFailure(f"environment {name} did not answer within {timeout_s:g} s") from error
         raise _EnvFailure(f"environment {name} raised {type(error).__name__}: {error}") from error
+
+
+async def _call(method: Callable[..., Any], *arguments: Completion) -> Any:
+    """What a method returns: a coroutine is awaited, a plain one runs in a thread, as it may block."""
+    if inspect.iscoroutinefunction(method):
+        return await method(*arguments)
+    answer = await threads.run(method, *arguments)
+    return await answer if inspect.isawaitable(answer) else answer
+
+
+def _info(env: Env) -> dict[str, float]:
+    """What an environment counted, if it counts anything."""
+    name = f"{type(env).__name__}.info"
+    try:
+        counted: Mapping[str, float] = env.info() if hasattr(env, "info") else {}
+        info = {str(key): float(value) for key, value in counted.items()}
+    except Exception as error:  # as above
+        raise _EnvFailure(f"environment {name} raised {type(error).__name__}: {error}") from error
+    if wrong := [key for key, value in info.items() if not math.isfinite(value)]:
+        raise _EnvFailure(f"environment {name} gave {info[wrong[0]]} for {wrong[0]!r}, expected a number")
+    return info
+
+
+async def _close(env: Env) -> None:
+    """Let an environment let go of what it holds; the episode stands, whatever comes of it."""
+    if not hasattr(env, "close"):
+        return
+    name = f"{type(env).__name__}.close"
+    try:
+        async with asyncio.timeout(CLOSING_S):
+            await _call(env.close)
+    except Exception as error:  # as above
+        logger.warning("environment %s raised %s: %s", name, type(error).__name__, error)

@@ -15,7 +15,7 @@ from whet.errors import DataError, EngineError
 from whet.rollout.group import Group, GroupPlayer
 from whet.rollout.protocols import EnvFactory, Scorer
 from whet.rollout.sampling import sampling_of
-from whet.rollout.statistics import response_metrics, reward_metrics, scored_rewards
+from whet.rollout.statistics import env_metrics, response_metrics, reward_metrics, scored_rewards
 from whet.types import Episode, Prompt, Sampling
 
 # The least reward of an episode that counts as solved.
@@ -74,7 +74,7 @@ async def evaluate_prompts(
     metrics = reward_metrics("", scored) | pass_at_powers(rollout.groups, num_samples)
     means = [statistics.fmean(rewards) for group in rollout.groups if (rewards := scored_rewards(group))]
     metrics[f"mean@{num_samples}"] = statistics.fmean(means)
-    metrics |= response_metrics("", scored)
+    metrics |= response_metrics("", scored) | env_metrics("", scored)
     metrics["num_failed"] = sum(episode.status == "failed" for episode in rollout.episodes)
     transcripts = [group.episodes[0] for group in rollout.groups[:NUM_TRANSCRIPTS]]
     return PromptEvaluation(metrics, tuple(transcripts))

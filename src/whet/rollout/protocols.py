@@ -58,20 +58,28 @@ class Turn:
 class Env(Protocol):
     """The world that one episode is played in; made anew for each episode.
 
-    An exception from either method marks this episode as failed; the others go on.
+    An exception from either method marks this episode as failed; the others go on. Methods may be plain or async;
+    plain ones run in threads. An environment may have an attribute `stop`, texts that end a completion; a method
+    `info()`, whose numbers are logged as `rollout/env/<name>`; and a method `close()`, called when the episode is
+    over, aborted and cancelled ones included.
     """
 
-    async def reset(self) -> Observation:
+    def reset(self) -> Observation | Awaitable[Observation]:
         """Begin. Returns what follows the prompt before the first completion; usually nothing."""
         ...
 
-    async def step(self, completion: Completion) -> Turn:
+    def step(self, completion: Completion) -> Turn | Awaitable[Turn]:
         """Answer a completion that ended by itself. Cut-off and aborted ones are never shown to it."""
         ...
 
 
 EnvFactory = Callable[[Prompt, Any], Env]
-"""`factory(prompt, tokenizer) -> Env`; keyword-only parameters of a factory are its options."""
+"""`factory(prompt, tokenizer) -> Env`; keyword-only parameters of a factory are its options.
+
+A factory may have an attribute `tools`, the functions that prompts show to the policy; a method
+`prepare(tokenizer, variables)`, called before prompts are read with the tokenizer and `data.template_kwargs`, which
+raises ConfigError or ModelError for what it cannot work with; and a method `check(prompt)`, which raises ValueError for
+a prompt that it could never play."""
 
 
 class Reward(Protocol):

@@ -26,6 +26,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     metrics: dict[str, float] = {}
     if scored:
         metrics |= reward_metrics("rollout/", scored) | response_metrics("rollout/", scored)
+        metrics |= env_metrics("rollout/", scored)
         metrics["rollout/repetition_fraction"] = statistics.fmean(map(repetition, scored))
     metrics["rollout/num_episodes"] = len(scored)
     metrics["rollout/num_failed"] = sum(episode.status == "failed" for episode in episodes)
@@ -56,6 +57,15 @@ def response_metrics(prefix: str, scored: Sequence[Episode]) -> dict[str, float]
         f"{prefix}response_length_max": max(lengths),
         f"{prefix}response_length_min": min(lengths),
         f"{prefix}truncated_ratio": sum(episode.status == "truncated" for episode in scored) / len(scored),
+    }
+
+
+def env_metrics(prefix: str, scored: Sequence[Episode]) -> dict[str, float]:
+    """Means of what environments counted, each over the episodes that have it."""
+    names = dict.fromkeys(name for episode in scored for name in episode.info)
+    return {
+        f"{prefix}env/{name}": statistics.fmean(episode.info[name] for episode in scored if name in episode.info)
+        for name in names
     }
 
 
