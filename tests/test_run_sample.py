@@ -22,7 +22,7 @@ from whet import cli
 from whet.errors import CheckpointError, ConfigError, DataError, EngineError, RewardError, WhetError
 from whet.models.tiny import make_tiny
 from whet.rewards.score import NamedReward, RewardScorer
-from whet.rollout.episode import play_episode
+from whet.rollout.episode import Play
 from whet.sample.run import SampleRun, compose_sampling
 from whet.types import Episode
 
@@ -131,17 +131,18 @@ def test_several_rewards_make_a_weighted_sum(config, tmp_path: Path, tiny_qwen: 
 
 def test_memory_is_bounded_by_two_steps(config, monkeypatch):
     under_way = most = 0
+    original = Play.run
 
-    async def counted(episode, *arguments, **options):
+    async def counted(play, *arguments, **options):
         nonlocal under_way, most
         under_way += 1
         most = max(most, under_way)
         try:
-            return await play_episode(episode, *arguments, **options)
+            return await original(play, *arguments, **options)
         finally:
             under_way -= 1
 
-    monkeypatch.setattr("whet.rollout.group.play_episode", counted)
+    monkeypatch.setattr(Play, "run", counted)
     sample(config())
     assert most == 4 * 3  # a step at a time, all of it together
 
@@ -278,12 +279,13 @@ def test_an_interrupted_step_is_sampled_as_a_whole_and_judged_where_it_was_not(
     """Rounding depends on what is decoded together: only the same rows beside each other give the same bits."""
     assert in_process(_sample_and_die, config(), *MOMENTS["after a group"])[0] == -signal.SIGKILL
     played: list[str] = []
+    original = Play.run
 
-    async def counted(episode, *arguments, **options):
-        played.append(episode.group)
-        return await play_episode(episode, *arguments, **options)
+    async def counted(play, *arguments, **options):
+        played.append(play.episode.group)
+        return await original(play, *arguments, **options)
 
-    monkeypatch.setattr("whet.rollout.group.play_episode", counted)
+    monkeypatch.setattr(Play, "run", counted)
     seen: list[str] = []
     run = judged_by(config(), lambda episode: seen.append(episode.group) or letters(episode))
     asyncio.run(run.sample())

@@ -148,6 +148,14 @@ class Episode:
         self.sampler_logprobs.extend(completion.logprobs)
         self.versions.extend(VersionSpan(s.version, s.start + offset, s.end + offset) for s in completion.versions)
 
+    def restart(self) -> None:
+        """Forget all but the prompt."""
+        for part in (self.tokens, self.loss_mask, self.sampler_logprobs, self.versions):
+            part.clear()
+        self.response, self.reward, self.rewards, self.status, self.error = "", None, {}, "pending", None
+        self.info, self.rollout = {}, None
+        self.inject(self.prompt.tokens)
+
     @property
     def num_sampled(self) -> int:
         return sum(self.loss_mask)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from whet.types import Completion, Sampling
@@ -44,8 +44,8 @@ class Engine(Protocol):
         """Go on where `pause` stopped."""
         ...
 
-    async def abort(self) -> None:
-        """End every request in flight with the tokens it has and finish reason `abort`."""
+    async def abort(self, prefix_keys: Collection[str] | None = None) -> None:
+        """End every request in flight, or those with these keys, with the tokens it has and finish reason `abort`."""
         ...
 
     async def close(self) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
-import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,15 +11,8 @@ from whet.engines.protocol import Engine
 from whet.errors import EngineError
 from whet.rollout.protocols import Env, Observation, Turn
 from whet.rollout.seeds import derive_seed
-from whet.rollout.threads import Threads
+from whet.rollout.world import EnvFailure, ask, close, info_of
 from whet.types import Completion, Episode, Sampling
-
-logger = logging.getLogger(__name__)
-
-CLOSING_S = 30.0
-"""Most seconds that an environment may take to close."""
-threads = Threads(64)
-"""Where plain (not async) methods of environments run."""
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -43,49 +33,95 @@ def response_decoder(tokenizer: Any, stop_token_ids: Sequence[int] = ()) -> Deco
     return decode
 
 
-async def play_episode(
-    episode: Episode, env: Env, engine: Engine, sampling: Sampling, *, seed: int, decode: Decode, timeout_s: float
-) -> Episode:
-    """Play `episode` to its end and set its tokens, response and status.
+class Play:
+    """One episode being played in its environment. A play that the engine aborted can be gone on with.
 
-    `sampling.max_tokens` bounds the sampled tokens of all turns together; each turn samples with a
-    seed derived from (seed, group, index, turn). Status: `completed` (the environment ended it),
-    `truncated` (the tokens ran out), `aborted` (the engine was told to stop), `failed` (the
-    environment raised or took longer than `timeout_s`; `error` says why).
-    The environment's own stop texts are added to those of `sampling`; what it counts becomes the episode's
-    `info`; it is closed at the end, however that came.
-    Raises EngineError if the engine fails, or does not answer one completion within `timeout_s`.
+    The environment sees a completion when it is whole, however often it was interrupted. Its own stop texts are
+    added to those of the sampling; what it counts becomes the episode's `info`; it is closed when the episode is over
+    or given up.
     """
-    sampling = replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *getattr(env, "stop", ())))))
-    try:
-        await _play(episode, env, engine, sampling, seed, timeout_s)
-        episode.info = _info(env)
-    except _EnvFailure as failure:
-        episode.status, episode.error = "failed", str(failure)
-    finally:
-        await _close(env)
-    episode.response = decode(episode.tokens[len(episode.prompt.tokens) :])
-    return episode
 
+    def __init__(self, episode: Episode, env: Env) -> None:
+        self.episode, self.env = episode, env
+        self.closed = False
+        self._turn = 0
+        self._begin: int | None = None
+        """Where the completion of this turn begins; None before the environment was reset."""
 
-async def _play(episode: Episode, env: Env, engine: Engine, sampling: Sampling, seed: int, timeout_s: float) -> None:
-    observation: Observation = await _ask(env, "reset", timeout_s)
-    episode.inject(observation.tokens)
-    turn = 0
-    while (left := sampling.max_tokens - episode.num_sampled) > 0:
-        turn_seed = derive_seed(seed, episode.group, episode.index, turn)
-        completion = await _complete(episode, engine, replace(sampling, max_tokens=left, seed=turn_seed), timeout_s)
-        episode.extend(completion)
-        if completion.finish_reason != "stop":
-            episode.status = "truncated" if completion.finish_reason == "length" else "aborted"
-            return
-        answer: Turn = await _ask(env, "step", timeout_s, completion)
-        if answer.done:
-            episode.status = "completed"
-            return
-        episode.inject(answer.observation.tokens)
-        turn += 1
-    episode.status = "truncated"
+    async def run(self, engine: Engine, sampling: Sampling, *, seed: int, decode: Decode, timeout_s: float) -> Episode:
+        """Play on until the episode ends; set its tokens, response and status.
+
+        `sampling.max_tokens` bounds the sampled tokens of all turns together; each turn samples with a
+        seed derived from (seed, group, index, turn). Status: `completed` (the environment ended it),
+        `truncated` (the tokens ran out), `aborted` (the engine was told to stop), `failed` (the
+        environment raised or took longer than `timeout_s`; `error` says why).
+        Raises EngineError if the engine fails, or does not answer one completion within `timeout_s`.
+        """
+        episode = self.episode
+        episode.status = "pending"
+        sampling = replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *getattr(self.env, "stop", ())))))
+        try:
+            await self._play(engine, sampling, seed, timeout_s)
+            episode.info = info_of(self.env)
+        except EnvFailure as failure:
+            episode.status, episode.error = "failed", str(failure)
+        except BaseException:
+            episode.restart()  # nobody knows where the environment stands
+            raise
+        finally:
+            if episode.status != "aborted":
+                await self.close()
+        episode.response = decode(episode.tokens[len(episode.prompt.tokens) :])
+        return episode
+
+    async def close(self) -> None:
+        """Let go of the environment; the play cannot go on then."""
+        if not self.closed:
+            self.closed = True
+            await close(self.env)
+
+    async def _play(self, engine: Engine, sampling: Sampling, seed: int, timeout_s: float) -> None:
+        episode = self.episode
+        if self._begin is None:
+            await self._reset(timeout_s)
+        while (left := sampling.max_tokens - episode.num_sampled) > 0:
+            asked = replace(sampling, max_tokens=left, seed=self._seed(seed))
+            completion = await _complete(episode, engine, asked, timeout_s)
+            episode.extend(completion)
+            if completion.finish_reason != "stop":
+                episode.status = "truncated" if completion.finish_reason == "length" else "aborted"
+                return
+            answer: Turn = await ask(self.env, "step", timeout_s, self._whole())
+            if answer.done:
+                episode.status = "completed"
+                return
+            episode.inject(answer.observation.tokens)
+            self._turn, self._begin = self._turn + 1, len(episode.tokens)
+        episode.status = "truncated"
+
+    async def _reset(self, timeout_s: float) -> None:
+        """Begin; go on with what an earlier process sampled in the first turn, and with nothing of later ones."""
+        episode = self.episode
+        observation: Observation = await ask(self.env, "reset", timeout_s)
+        opening = list(observation.tokens)
+        begin = len(episode.prompt.tokens) + len(opening)
+        known = episode.tokens[len(episode.prompt.tokens) : begin] == opening and all(episode.loss_mask[begin:])
+        if not known or begin >= len(episode.tokens):
+            episode.restart()
+            episode.inject(opening)
+        self._begin = begin
+
+    def _seed(self, seed: int) -> int:
+        """What the rest of this turn samples with; it does not repeat the draws of the part that is there."""
+        episode, done = self.episode, len(self.episode.tokens) - (self._begin or 0)
+        parts = (seed, episode.group, episode.index, self._turn)
+        return derive_seed(*parts, done) if done else derive_seed(*parts)
+
+    def _whole(self) -> Completion:
+        """The completion of this turn with all its parts."""
+        episode, begin = self.episode, self._begin or 0
+        spans = [replace(s, start=s.start - begin, end=s.end - begin) for s in episode.versions if s.start >= begin]
+        return Completion(episode.tokens[begin:], episode.sampler_logprobs[begin:], "stop", tuple(spans))
 
 
 async def _complete(episode: Episode, engine: Engine, sampling: Sampling, timeout_s: float) -> Completion:
@@ -110,52 +146,3 @@ async def _complete(episode: Episode, engine: Engine, sampling: Sampling, timeou
             f"{completion.finish_reason!r}; only an aborted completion may be empty"
         )
     return completion
-
-
-class _EnvFailure(Exception):
-    """An environment raised, or took too long."""
-
-
-async def _ask(env: Env, method: str, timeout_s: float, *arguments: Completion) -> Any:
-    name = f"{type(env).__name__}.{method}"
-    limit = asyncio.timeout(timeout_s)
-    try:
-        async with limit:
-            return await _call(getattr(env, method), *arguments)
-    except Exception as error:  # an environment is the user's code: any failure of it costs one episode, not the run
-        if limit.expired():
-            raise _EnvFailure(f"environment {name} did not answer within {timeout_s:g} s") from error
-        raise _EnvFailure(f"environment {name} raised {type(error).__name__}: {error}") from error
-
-
-async def _call(method: Callable[..., Any], *arguments: Completion) -> Any:
-    """What a method returns: a coroutine is awaited, a plain one runs in a thread, as it may block."""
-    if inspect.iscoroutinefunction(method):
-        return await method(*arguments)
-    answer = await threads.run(method, *arguments)
-    return await answer if inspect.isawaitable(answer) else answer
-
-
-def _info(env: Env) -> dict[str, float]:
-    """What an environment counted, if it counts anything."""
-    name = f"{type(env).__name__}.info"
-    try:
-        counted: Mapping[str, float] = env.info() if hasattr(env, "info") else {}
-        info = {str(key): float(value) for key, value in counted.items()}
-    except Exception as error:  # as above
-        raise _EnvFailure(f"environment {name} raised {type(error).__name__}: {error}") from error
-    if wrong := [key for key, value in info.items() if not math.isfinite(value)]:
-        raise _EnvFailure(f"environment {name} gave {info[wrong[0]]} for {wrong[0]!r}, expected a number")
-    return info
-
-
-async def _close(env: Env) -> None:
-    """Let an environment let go of what it holds; the episode stands, whatever comes of it."""
-    if not hasattr(env, "close"):
-        return
-    name = f"{type(env).__name__}.close"
-    try:
-        async with asyncio.timeout(CLOSING_S):
-            await _call(env.close)
-    except Exception as error:  # as above
-        logger.warning("environment %s raised %s: %s", name, type(error).__name__, error)

@@ -1,27 +1,56 @@
-"""Playing groups: the same prompt several times over, every episode of a step at once, scored as it ends."""
+"""Playing groups: the same prompt several times over, every episode of a group at once, scored as it ends."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from whet.engines.protocol import Engine
-from whet.rollout.episode import play_episode, response_decoder
+from whet.rollout.episode import Play, response_decoder
 from whet.rollout.protocols import EnvFactory, Scorer
+from whet.rollout.seeds import derive_seed
 from whet.types import Episode, Prompt, Sampling
 
 Result = TypeVar("Result")
 
+BASELINE_INDEX = -1
+"""Of the greedy episode beside a group."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True, eq=False)
 class Group:
-    """All episodes of one prompt, in the order of their index, whatever became of them."""
+    """All episodes of one prompt, in the order of their index, whatever became of them.
+
+    `baseline` is a greedy episode of the same prompt, where credit asks for one; `step` the step of the run in
+    which the group was first sampled.
+    """
 
     id: str
-    episodes: tuple[Episode, ...]
+    episodes: Sequence[Episode]
+    baseline: Episode | None = None
+    step: int = 0
+
+    @property
+    def members(self) -> list[Episode]:
+        """The episodes and the baseline."""
+        return [*self.episodes, *([self.baseline] if self.baseline is not None else [])]
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.episodes[0].prompt
+
+    @property
+    def oldest_version(self) -> int | None:
+        """The first policy that sampled a token of this group; None before there is one."""
+        return min((span.version for episode in self.members for span in episode.versions), default=None)
+
+    def restart(self) -> None:
+        """Forget all that was sampled."""
+        for episode in self.members:
+            episode.restart()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +67,10 @@ class Rollout:
 
 
 class GroupPlayer:
-    """Plays groups with one engine, environment, scorer and way of sampling."""
+    """Plays groups with one engine, environment, scorer and way of sampling.
+
+    An episode that failed is played again up to `retries` times.
+    """
 
     def __init__(
         self,
@@ -50,6 +82,7 @@ class GroupPlayer:
         tokenizer: Any,
         seed: int,
         timeout_s: float,
+        retries: int = 0,
     ) -> None:
         self._engine = engine
         self._env = env
@@ -58,7 +91,16 @@ class GroupPlayer:
         self._tokenizer = tokenizer
         self._seed = seed
         self._timeout_s = timeout_s
+        self._retries = retries
         self._decode = response_decoder(tokenizer, sampling.stop_token_ids)
+        self._plays: dict[tuple[str, int], Play] = {}
+        self.last_end = 0.0
+        """When the last episode ended, by the monotonic clock, its reward aside."""
+
+    def begin(self, name: str, prompt: Prompt, size: int, *, baseline: bool = False, step: int = 0) -> Group:
+        """A group of `size` episodes of which nothing is sampled yet."""
+        greedy = Episode(prompt, name, BASELINE_INDEX) if baseline else None
+        return Group(name, [Episode(prompt, name, index) for index in range(size)], greedy, step)
 
     async def play(self, prompts: Iterable[tuple[str, Prompt]], size: int) -> Rollout:
         """Play `size` episodes for each pair of a group id and a prompt, all at once, and score them.
@@ -66,38 +108,66 @@ class GroupPlayer:
         What an episode samples depends on the seed, its group id and its index only.
         Raises EngineError if the engine fails; the other episodes are then cancelled.
         """
-        start = time.monotonic()
-        ends: list[float] = []
-        episodes = [Episode(prompt, group, index) for group, prompt in prompts for index in range(size)]
-        groups = [episodes[first : first + size] for first in range(0, len(episodes), size)]
-        await gather_or_cancel(self._play_group(members, ends) for members in groups)
-        return Rollout(
-            tuple(Group(members[0].group, tuple(members)) for members in groups),
-            generation_s=max(ends, default=start) - start,
-            total_s=time.monotonic() - start,
-        )
-
-    async def _play_group(self, members: Sequence[Episode], ends: list[float]) -> None:
-        await gather_or_cancel(self._play_one(episode, ends) for episode in members)
-        await self._scorer.score_group(members)
-
-    async def _play_one(self, episode: Episode, ends: list[float]) -> None:
+        start = self.last_end = time.monotonic()
+        groups = tuple(self.begin(name, prompt, size) for name, prompt in prompts)
         try:
-            env = self._env(episode.prompt, self._tokenizer)
-        except Exception as error:  # an environment is the user's code: any failure of it costs one episode
-            episode.status, episode.error = "failed", f"making the environment raised {type(error).__name__}: {error}"
+            await gather_or_cancel(self.play_group(group) for group in groups)
+        finally:
+            for group in groups:
+                await self.forget(group)
+        return Rollout(groups, generation_s=self.last_end - start, total_s=time.monotonic() - start)
+
+    async def play_group(self, group: Group, ended: Callable[[Episode], None] = lambda episode: None) -> None:
+        """Play what is missing of a group, and score it; `ended` is told of each episode that has its reward.
+
+        Episodes that are complete stay as they are; those that were aborted go on. Where the engine aborts some, the
+        group is left without the judgement of the whole.
+        Raises EngineError if the engine fails; the other episodes are then cancelled.
+        """
+        await gather_or_cancel(self._play_to_the_end(episode, ended) for episode in group.members)
+        if group.baseline is not None:
+            await self._scorer.score_group([group.baseline])
+        await self._scorer.score_group(group.episodes)
+
+    async def forget(self, group: Group) -> None:
+        """Let go of the environments of a group; what was sampled in several turns can then not be gone on with."""
+        for episode in group.members:
+            if (play := self._plays.pop((episode.group, episode.index), None)) is not None:
+                await play.close()
+
+    async def _play_to_the_end(self, episode: Episode, ended: Callable[[Episode], None]) -> None:
+        if episode.reward is not None or episode.status == "failed":
             return
-        await play_episode(
-            episode,
-            env,
-            self._engine,
-            self._sampling,
-            seed=self._seed,
-            decode=self._decode,
-            timeout_s=self._timeout_s,
-        )
-        ends.append(time.monotonic())
-        await self._scorer.score(episode)
+        for attempt in range(self._retries + 1):
+            if attempt:
+                episode.restart()
+            if episode.status in ("pending", "aborted"):
+                await self._play_one(episode, attempt)
+            if episode.status == "aborted":
+                return
+            await self._scorer.score(episode)
+            if episode.status != "failed":
+                break
+        ended(episode)
+
+    async def _play_one(self, episode: Episode, attempt: int) -> None:
+        key = (episode.group, episode.index)
+        play = self._plays.pop(key, None)
+        if play is None or play.episode is not episode or play.closed:
+            try:
+                play = Play(episode, self._env(episode.prompt, self._tokenizer))
+            except Exception as error:  # an environment is the user's code: any failure of it costs one episode
+                told = f"making the environment raised {type(error).__name__}: {error}"
+                episode.status, episode.error = "failed", told
+                return
+        greedy = episode.index == BASELINE_INDEX
+        sampling = replace(self._sampling, temperature=0.0) if greedy else self._sampling
+        seed = derive_seed(self._seed, attempt) if attempt else self._seed
+        self._plays[key] = play
+        await play.run(self._engine, sampling, seed=seed, decode=self._decode, timeout_s=self._timeout_s)
+        if play.closed:
+            self._plays.pop(key, None)
+        self.last_end = time.monotonic()
 
 
 async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> Sequence[Result]:

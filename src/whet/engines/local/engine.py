@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -101,7 +101,7 @@ class LocalEngine:
 
     async def generate(self, tokens: Sequence[int], sampling: Sampling, *, prefix_key: str | None = None) -> Completion:
         """Sample one completion of `tokens`; see `Engine.generate`."""
-        request = self._request(tokens, sampling)
+        request = self._request(tokens, sampling, prefix_key)
         self._waiting.setdefault(request.tokens, deque()).append(request)
         self._drive()
         try:
@@ -137,10 +137,13 @@ class LocalEngine:
         self._paused = False
         self._drive()
 
-    async def abort(self) -> None:
-        requests = [*self._rows.requests, *(request for queue in self._waiting.values() for request in queue)]
-        self._clear()
-        for request in requests:
+    async def abort(self, prefix_keys: Collection[str] | None = None) -> None:
+        chosen = [one for one in self._requests() if prefix_keys is None or one.key in prefix_keys]
+        for request in chosen:
+            self._withdraw(request)
+        if not (self._rows or self._waiting):
+            self._clear()
+        for request in chosen:
             request.finish("abort")
 
     async def close(self) -> None:
@@ -157,7 +160,7 @@ class LocalEngine:
 
     # --- taking requests in and out -------------------------------------------------------------------
 
-    def _request(self, tokens: Sequence[int], sampling: Sampling) -> Request:
+    def _request(self, tokens: Sequence[int], sampling: Sampling, key: str | None) -> Request:
         if self._closed:
             raise EngineError("the engine is closed; make a new one")
         tokens = tuple(map(int, tokens))
@@ -170,7 +173,7 @@ class LocalEngine:
             self._loop, self._driver = loop, None
         stops = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.stop_token_ids)
         stop_text = StopText(self.tokenizer, sampling.stop) if sampling.stop else None
-        return Request(tokens, sampling, stops, stop_text, loop.create_future())
+        return Request(tokens, sampling, stops, stop_text, loop.create_future(), key)
 
     def _validate(self, tokens: tuple[int, ...], sampling: Sampling) -> None:
         limit = self._forward.max_length
@@ -218,6 +221,10 @@ class LocalEngine:
             "Raise engine.timeout_s, or lower max_tokens or the number of requests at a time"
         )
 
+    def _requests(self) -> list[Request]:
+        """All requests in flight."""
+        return [*self._rows.requests, *(request for queue in self._waiting.values() for request in queue)]
+
     @property
     def _num_waiting(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -252,7 +259,7 @@ class LocalEngine:
 
     def _fail(self, error: BaseException) -> None:
         """Hand a failure of a step to everyone who waits, and start from nothing with the next request."""
-        requests = [*self._rows.requests, *(request for queue in self._waiting.values() for request in queue)]
+        requests = self._requests()
         self._clear()
         for request in requests:
             if request.answer.done():

@@ -37,6 +37,7 @@ class Request:
     stop_token_ids: frozenset[int]
     stop_text: StopText | None
     answer: asyncio.Future[Completion]
+    key: str | None = None
     row: int = -1
     output: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
