@@ -18,7 +18,7 @@ ORDER = (
     *("types", "columns", "errors", "tree", "batch", "tensor", "losses", "credit", "config", "migrate"),
     *("annotate", "methods", "tally", "models", "merge", "engines", "data", "rollout"),
     *("checkpoints", "backends", "scorer", "rewards", "envs", "weights", "cluster"),
-    *("view", "log", "schedule", "recipe", "loop", "evaluate", "roles", "precompute", "feeds", "keeper"),
+    *("view", "log", "schedule", "recipe", "loop", "evaluate", "roles", "precompute", "held_out", "feeds", "keeper"),
     *("check", "compose", "answer"),
     *("sample", "chat", "trainer", "demo", "cli", "__main__"),
 )

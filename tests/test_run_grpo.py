@@ -26,8 +26,8 @@ from runs import (
     write_rows,
 )
 from whet.batch import Batch
-from whet.compose import Run, compose
-from whet.errors import CheckpointError, RewardError
+from whet.compose import Run, compose, evaluate
+from whet.errors import CheckpointError, RewardError, SeveralErrors
 from whet.losses import loss
 from whet.types import Episode
 
@@ -288,6 +288,77 @@ def test_held_out_prompts_are_sampled_before_during_and_after(config, tmp_path: 
     # Evaluations sample what training does not: the steps between them are those of a run without any.
     train(config("plain", train__steps=5))
     assert same_bits(saved_weights(tmp_path / "out"), saved_weights(tmp_path / "plain"))
+
+
+def test_several_sets_are_evaluated_at_once_each_in_its_own_way(config, tmp_path: Path):
+    held_out = write_rows(tmp_path / "held_out.jsonl", [{"prompt": f"{n}-1="} for n in range(3)])
+    other = write_rows(tmp_path / "other.jsonl", [{"question": f"{n}-2=", "label": "x"} for n in range(6)])
+    sets = {
+        "sums": {"path": held_out, "num_samples": 4, "max_tokens": 2},
+        "halves": {
+            **{"path": other, "max_prompts": 2, "columns": {"prompt": "question"}, "prompt_template": "So {prompt}"},
+            "reward": {"use": "test_run_grpo:always", "value": 0.5},
+        },
+    }
+    settings = {"eval__at_start": True, "eval__num_samples": 2, "train__steps": 1, "checkpoint__best": True}
+    run = compose(config(data__eval=held_out, eval__sets=sets, checkpoint__every_steps=1, **settings))
+    most = 0
+    engine = run.engine
+    original = engine._step
+
+    def watch(*arguments):
+        nonlocal most
+        most = max(most, engine.health()["active"] + engine.health()["waiting"])
+        return original(*arguments)
+
+    engine._step = watch
+    asyncio.run(run.train())
+    first, last = metrics(tmp_path / "out", "eval/reward")
+    assert {"eval/pass@2", "eval/mean@2", "eval/sums/pass@4", "eval/sums/mean@4", "eval/halves/mean@2"} <= first.keys()
+    assert first["eval/halves/reward"] == last["eval/halves/reward"] == 0.5
+    assert first["eval/halves/reward/always"] == 0.5
+    assert first["eval/sums/response_length_max"] <= 2 < first["eval/response_length_max"]
+    assert most == 3 * 2 + 3 * 4 + 2 * 2  # all at once, so the engine waits for no set
+    assert [episode.prompt.id for episode in run.feed.transcripts] == [
+        *("eval/0", "eval/1", "eval/2", "sums/0", "sums/1", "sums/2", "halves/0", "halves/1")
+    ]
+    # The default set is sampled as it would be alone.
+    alone = config("alone", data__eval=held_out, **settings, checkpoint__every_steps=1)
+    train(alone)
+    assert metrics(tmp_path / "alone", "eval/reward")[0].items() <= first.items()
+
+
+def test_the_start_may_stay_the_best(config, tmp_path: Path, prompts: str, tiny_qwen: Path):
+    settings = {"data__eval": prompts, "eval__at_start": True, "checkpoint__best": True, "train__steps": 2}
+    settings |= {"reward": {"use": "test_run_grpo:always", "value": 0.5}, "kl__coef": 1.0, "optim__weight_decay": 0.5}
+    run = train(config(**settings))  # where rewards are alike, weight decay alone moves the weights
+    assert run.loop.progress.best_step == 0
+    assert same_bits(saved_weights(tmp_path / "out"), saved_weights(tiny_qwen))
+
+
+def test_sets_alone_can_be_evaluated_on_and_choose_the_best(config, tmp_path: Path, prompts: str):
+    sets = {"sums": {"path": prompts, "max_prompts": 4}}
+    run = train(config(eval__sets=sets, eval__every_steps=1, eval__patience=50, train__steps=2))
+    assert run.loop.progress.best == max(column(tmp_path / "out", "eval/sums/reward"))
+    metrics_now, _ = asyncio.run(evaluate(config(eval__sets=sets, data__train="nowhere.jsonl")))
+    assert {name.split("/")[1] for name in metrics_now} == {"sums"}
+
+
+def test_what_is_wrong_with_a_set_is_told_with_its_name_before_a_model_is_loaded(config, tmp_path: Path, prompts: str):
+    empty = write_rows(tmp_path / "empty.jsonl", [{"answer": "1"}])
+    sets = {
+        "gone": {"path": str(tmp_path / "gone.jsonl")},
+        "odd": {"path": empty},
+        "judged": {"path": prompts, "reward": "mth"},
+        "long": {"path": prompts, "max_prompt_length": 1},
+        "unlabelled": {"path": prompts, "reward": "math"},
+    }
+    with pytest.raises(SeveralErrors) as raised:
+        compose(config(eval__sets=sets))
+    told = str(raised.value)
+    for name in sets:
+        assert f"eval.sets.{name}: " in told, f"{name} in {told}"
+    assert "did you mean math?" in told
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(config, tmp_path: Path):

@@ -81,7 +81,7 @@ EVAL_HELP = """\
 whet eval CONFIG.yaml [--section.key value …]
 
 Evaluates model.path on data.eval: the losses of sft, or with `method: grpo` the reward of sampled
-completions. Prints one metric per line, then a few completions.
+completions, on data.eval and all of eval.sets at once. Prints one metric per line, then a few completions.
 """
 
 

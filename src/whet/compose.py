@@ -100,7 +100,9 @@ def compose(config: RunConfig, method: Method | None = None) -> Run:
 async def evaluate(config: RunConfig) -> tuple[dict[str, float], tuple[Episode, ...]]:
     """Evaluate a model on the held-out data without training it: metrics, and a few episodes if it sampled any."""
     if config.data.eval is not None:  # the training data is not needed
-        config = config.model_copy(update={"data": config.data.model_copy(update={"train": None})})
+        config = _without_training(config)
+    elif config.eval.sets:  # nor is it for these, unless a part of it is held out
+        config = config if config.data.eval_share else _without_training(config)
     elif not config.data.eval_share:
         raise ConfigError("there is no held-out data to evaluate on; set data.eval")
     is_adapter = adapter_base(config.model) is not None
@@ -110,7 +112,7 @@ async def evaluate(config: RunConfig) -> tuple[dict[str, float], tuple[Episode, 
     found.errors.refuse()
     method, tokenizer, feed = found.method, found.tokenizer, found.feed
     assert method is not None and tokenizer is not None and feed is not None, "what is missing has been refused"
-    if feed.eval is None:
+    if feed.eval is None and not config.eval.sets:
         raise ConfigError("there is no held-out data to evaluate on; set data.eval")
     if method.source == "rows" and "reference" in method.roles and config.reference.path is None and not is_adapter:
         logger.warning(
@@ -120,3 +122,8 @@ async def evaluate(config: RunConfig) -> tuple[dict[str, float], tuple[Episode, 
     policy = load_policy(config, method, tokenizer, train=False)
     metrics = await feed.evaluate(policy)
     return metrics, getattr(feed, "transcripts", ())
+
+
+def _without_training(config: RunConfig) -> RunConfig:
+    """The configuration without the data to train on."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"train": None})})

@@ -47,6 +47,17 @@ class SeveralErrors(WhetError):
         super().__init__(f"{len(errors)} things stand in the way:\n{told}")
 
 
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Errors for users say at their beginning what they are about."""
+    try:
+        yield
+    except SeveralErrors as several:
+        raise SeveralErrors([type(error)(f"{what}: {error}") for error in several.errors]) from several
+    except WhetError as error:
+        raise type(error)(f"{what}: {error}") from error
+
+
 class Gathering:
     """Goes on after an error, to tell all at once: `with gathering.going_on(): …`, and `refuse` in the end."""
 

@@ -23,22 +23,19 @@ from whet.engines.protocol import Engine
 from whet.envs.registry import build_env
 from whet.errors import ConfigError, Gathering
 from whet.evaluate import ROWS_PER_BATCH, evaluate_rows
+from whet.held_out import HeldOut, evaluate_sets, read_sets
 from whet.loop import Evaluator
 from whet.methods import Task
 from whet.precompute import computed_once
 from whet.rewards.registry import build_scorer
 from whet.rewards.score import RewardScorer
 from whet.roles import Policy
-from whet.rollout.evaluation import evaluate_prompts, evaluation_sampling
 from whet.rollout.protocols import EnvFactory, Source
 from whet.rollout.resampled import ResampledRows
 from whet.rollout.sampling import RolloutSource, sampling_of
 from whet.types import Episode
 
 logger = logging.getLogger(__name__)
-
-EVAL_SEED = 1_000_003
-"""Added to the run's seed, so that evaluation does not sample what training samples."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +130,15 @@ class PromptFeed:
             with errors.going_on():
                 self.env = build_env(config.env)
             self.train, self.eval = _read(config, tokenizer, prepare_prompts, errors)
+            scorer = None
             with errors.going_on():
-                self.scorer = build_scorer(config.reward, run=config)
+                scorer = self.scorer = build_scorer(config.reward, run=config)
                 for part in (self.train, self.eval):
                     if part is not None:
                         self.scorer.check(part)
+            self.held_out = read_sets(config, tokenizer, scorer, errors)
+            if self.eval is not None and scorer is not None:
+                self.held_out.insert(0, HeldOut(None, self.eval, config.eval, scorer))
         self.transcripts: tuple[Episode, ...] = ()
         """A few episodes of the last evaluation."""
 
@@ -148,8 +149,9 @@ class PromptFeed:
     def longest(self) -> int:
         """Tokens of the longest sequence that the model may see: a prompt and a whole completion."""
         sampled = self.config.rollout.max_tokens
-        parts = [(self.train, sampled), (self.eval, self.config.eval.max_tokens or sampled)]
-        return max((tokens + part.longest_prompt for part, tokens in parts if part is not None), default=0)
+        trained = 0 if self.train is None else self.train.longest_prompt + sampled
+        evaluated = (one.prompts.longest_prompt + (one.settings.max_tokens or sampled) for one in self.held_out)
+        return max(trained, *evaluated, 0)
 
     @property
     def remedy(self) -> str:
@@ -177,31 +179,24 @@ class PromptFeed:
             stop_token_ids=stops,
             timeout_s=config.engine.timeout_s,
         )
-
         run = partial(self.evaluate, policy, engine=engine)
-        return Connected(source, run if self.eval is not None else None, engine)
+        return Connected(source, run if self.held_out else None, engine)
 
     async def evaluate(
         self, policy: Policy, running: Running | None = None, *, engine: Engine | None = None
     ) -> dict[str, float]:
-        """Sample the held-out prompts and score them; metrics are named `eval/…`."""
-        self.scorer.load(policy.config.backend)
-        engine, stops = engine or policy.engine(), policy.stop_token_ids
-        config = self.config
-        assert self.eval is not None, "evaluation needs prompts"
-        result = await evaluate_prompts(
-            [self.eval[i] for i in range(min(len(self.eval), config.eval.max_prompts or len(self.eval)))],
-            engine,
+        """Sample the prompts of all held-out sets and score them; metrics are named `eval/…`."""
+        for held in self.held_out:
+            held.scorer.load(policy.config.backend)
+        metrics, self.transcripts = await evaluate_sets(
+            self.held_out,
+            engine or policy.engine(),
             self.env,
-            self.scorer,
-            evaluation_sampling(config.rollout, config.eval, stops),
-            num_samples=config.eval.num_samples,
-            seed=config.seed + EVAL_SEED,
-            tokenizer=self.tokenizer,
-            timeout_s=config.engine.timeout_s,
+            self.config,
+            self.tokenizer,
+            policy.stop_token_ids,
         )
-        self.transcripts = result.transcripts
-        return {f"eval/{name}": value for name, value in result.metrics.items()}
+        return metrics
 
 
 def _read(config: RunConfig, tokenizer: PreTrainedTokenizerBase, read: Callable, errors: Gathering):
@@ -219,11 +214,8 @@ def _read(config: RunConfig, tokenizer: PreTrainedTokenizerBase, read: Callable,
     for name, part in (("training", train), ("held-out", held)):
         if part is not None:
             logger.info("%s data: %s", name, part.report)
-    if (
-        data.eval is None
-        and not data.eval_share
-        and (settings.every_steps or settings.every_epochs or settings.at_start)
-    ):
+    is_asked = settings.every_steps or settings.every_epochs or settings.at_start
+    if is_asked and data.eval is None and not data.eval_share and not settings.sets:
         text = "an evaluation is asked for, but there is no held-out data; set data.eval or data.eval_share"
         with errors.going_on():
             raise ConfigError(text)

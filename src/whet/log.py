@@ -31,7 +31,7 @@ METRICS_FILE = "metrics.jsonl"
 LINE_INTERVAL_S = 10.0
 _SHOWN = ("loss", "reward", "accuracy", "accuracies", "margins", "tokens_per_s")
 _TOLD = re.compile(
-    r"eval/(loss|perplexity|mean_token_accuracy|reward|truncated_ratio|pass@\d+|accuracy|margin"
+    r"eval/(\w+/)?(loss|perplexity|mean_token_accuracy|reward|truncated_ratio|pass@\d+|accuracy|margin"
     r"|rewards/(accuracies|margins))"
 )
 """Metrics of an evaluation that are told at once; the file holds all."""

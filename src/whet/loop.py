@@ -14,7 +14,7 @@ from whet.annotate import RewardMean, Running
 from whet.backends.optimizer import learning_rate
 from whet.backends.protocol import Backend, shares_prefixes
 from whet.batch import Batch, collate
-from whet.config.rules import metric_mode
+from whet.config.evaluation_rules import default_metric, metric_mode
 from whet.config.run import RunConfig
 from whet.errors import ConfigError
 from whet.log import RunLog
@@ -98,7 +98,9 @@ class Loop:
         """Train to the end of the schedule, an early stop, or a requested one, and log what is measured."""
         self.log = log
         if self.config.eval.at_start and self.progress.step == 0:
-            await self._evaluate()
+            self.progress.best = None  # a run that goes on from here was measured before, and is again
+            if await self._evaluate() and self.saver and self.config.checkpoint.best:
+                self.saver.save(self, best=True)  # or there would be nothing to end with, were it never better
         elif self.config.eval.metric and self.evaluate is not None:
             # To learn at the end that there is no such metric would be late.
             self._metric(await self.evaluate(self.progress.running))
@@ -198,7 +200,7 @@ class Loop:
     def _judge(self, metrics: Mapping[str, float]) -> bool:
         settings, progress = self.config.eval, self.progress
         name, value = self._metric(metrics)
-        sign = -1 if (settings.mode or metric_mode(name)) == "min" else 1
+        sign = -1 if (settings.mode or metric_mode(name, settings.sets)) == "min" else 1
         improved = progress.best is None or sign * (value - progress.best) > settings.min_delta
         if improved and math.isfinite(value):
             progress.best, progress.best_step, progress.evaluations_without_improvement = value, progress.step, 0
@@ -215,7 +217,7 @@ class Loop:
 
     def _metric(self, metrics: Mapping[str, float]) -> tuple[str, float]:
         """Name and value of what makes a checkpoint the best one. Raises ConfigError where it is not measured."""
-        name = self.config.eval.metric or ("eval/reward" if self.method.source == "prompts" else "eval/loss")
+        name = self.config.eval.metric or default_metric(self.config, samples=self.method.source == "prompts")
         if name not in metrics:
             raise ConfigError(f"eval.metric is {name!r}, but the evaluation measures {', '.join(sorted(metrics))}")
         return name, metrics[name]

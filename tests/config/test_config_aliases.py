@@ -451,6 +451,18 @@ def test_values_that_a_method_cannot_honour_are_refused(method: str, values: dic
     assert message in error_of(method, **values)
 
 
+def test_pairs_of_a_name_and_a_file_are_sets_of_evaluation():
+    config = read("grpo", eval_prompt_data=["aime-2024", "a.jsonl@[0:9]", "math", "m.jsonl"], eval_top_k=-1).config
+    assert {name: one.path for name, one in config.eval.sets.items()} == {
+        "aime_2024": "a.jsonl@[0:9]",
+        "math": "m.jsonl",
+    }
+    assert config.eval.top_k == 0
+    assert read("grpo", eval_prompt_data="a.jsonl").config.data.eval == "a.jsonl"
+    assert read("sft", eval_prompt_data=["aime", "a.jsonl", "b", "b.jsonl"]).config.data.eval == ["a.jsonl", "b.jsonl"]
+    assert "names a set twice" in error_of("grpo", eval_prompt_data=["a-1", "a", "a_1", "b"])
+
+
 def test_beta_is_the_coefficient_of_the_penalty_in_reinforcement_learning():
     config = read("grpo", beta=0.04).config
     assert (config.kl.coef, config.loss) == (0.04, {})

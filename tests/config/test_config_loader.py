@@ -353,3 +353,33 @@ def test_loading_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "src", check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_sections_of_ones_own_names_are_read_like_any_section():
+    text = "model: tiny\ndata: {train: a}\nreward: math\n"
+    text += "eval:\n  num_samples: 4\n  sets:\n    aime-24:\n      path: b\n    sums: c\n"
+    loaded = load("grpo", run_yaml(text), ["--eval.sets.aime_24.top-k", "5", "--eval.sets.sums.reward", "exact"])
+    sets = loaded.config.eval.sets
+    assert list(sets) == ["aime_24", "sums"]
+    assert (sets["aime_24"].path, sets["aime_24"].top_k, sets["sums"].path) == ("b", 5, "c")
+    assert sets["sums"].reward.use == "exact"  # type: ignore[union-attr]
+    assert loaded.sources["eval.sets.aime_24.path"] == "run.yaml, line 8"
+    assert load("grpo", run_yaml(dump(loaded.config)), []).config == loaded.config
+    of_set = loaded.config.eval.of_set("aime_24")
+    assert (of_set.num_samples, of_set.top_k, of_set.temperature) == (4, 5, None)
+
+
+def test_what_is_wrong_within_a_section_of_ones_own_name_is_told_with_its_path():
+    text = (
+        "model: tiny\ndata: {train: a}\nreward: math\neval:\n  sets:\n    aime: {num_samples: 0, top_q: 1}\n    sums:\n"
+    )
+    error = error_of("grpo", text)
+    assert "eval.sets.aime.num_samples must be at least 1, got 0 (from run.yaml, line 6)" in error
+    assert "eval.sets.aime.path is missing" in error
+    assert "eval.sets.aime.top_q is not a setting" in error
+    assert "did you mean eval.sets.aime.top_p?" in error or "did you mean eval.sets.aime.top_k?" in error
+    assert "eval.sets.sums must be a mapping, got null" in error
+    template = "eval.sets.a: {path: b, prompt_template: nothing}"
+    assert "eval.sets.a.prompt_template: 'nothing' has no {prompt}" in error_of(
+        "grpo", f"model: tiny\ndata: {{train: a}}\nreward: math\n{template}\n"
+    )

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from whet.config.evaluation_rules import metric_mode
 from whet.config.loader import from_values
-from whet.config.rules import GROUP_CREDITS, TRAINS, metric_mode
+from whet.config.rules import GROUP_CREDITS, TRAINS
 from whet.credit import CREDITS
 from whet.errors import ConfigError
 from whet.methods import METHODS
@@ -150,6 +151,36 @@ BROKEN = {
         "checkpoint.best is true, but no evaluation is made",
         "give eval.every_steps",
     ),
+    "an evaluation of rows on several sets": (
+        SFT,
+        {"eval.sets": {"aime": {"path": "a"}}},
+        "eval.sets is {'aime'",
+        "losses of rows",
+    ),
+    "a metric of a set that is not there": (
+        GRPO,
+        {"eval.sets": {"aime": {"path": "a"}}, "eval.metric": "eval/amie/pass@1"},
+        "eval.metric is 'eval/amie/pass@1', but there is no set 'amie'; did you mean aime?",
+        "as in eval/aime/reward",
+    ),
+    "a metric of data that are not there": (
+        GRPO,
+        {"eval.sets": {"aime": {"path": "a"}}, "eval.metric": "eval/reward"},
+        "eval.metric is 'eval/reward', but it is about data.eval",
+        "as in eval/aime/reward",
+    ),
+    "several greedy samples of a set": (
+        GRPO,
+        {"eval.sets": {"aime": {"path": "a", "num_samples": 4}}, "eval.temperature": 0},
+        "eval.sets.aime.num_samples is 4, but at eval.sets.aime.temperature 0",
+        "use 1",
+    ),
+    "the name of a metric for a set": (
+        GRPO,
+        {"eval.sets": {"reward": {"path": "a"}}},
+        "eval.sets: 'reward' cannot be the name of a set",
+        "letters, digits",
+    ),
     "a metric of training": (SFT, {"eval.metric": "loss"}, "eval.metric is 'loss'", "as in eval/loss"),
     "a metric without a direction": (SFT, {"eval.metric": "eval/kl"}, "eval.metric is 'eval/kl'", "set eval.mode"),
     "the same sample many times": (
@@ -196,6 +227,14 @@ FINE = {
         {**SFT, "method": "dpo"},
         {"reference.sync_alpha": 0.3, "reference.sync_steps": 5},
     ),
+    "the best of a set": (
+        GRPO,
+        {"eval.sets": {"aime": {"path": "a"}}, "checkpoint.best": True, "eval.metric": "eval/aime/pass@1"},
+    ),
+    "several samples of a set that is not greedy": (
+        GRPO,
+        {"eval.sets": {"aime": {"path": "a", "num_samples": 4, "temperature": 1}}, "eval.temperature": 0},
+    ),
     "one greedy sample": (GRPO, {"data.eval": "e", "eval.temperature": 0}),
 }
 
@@ -240,6 +279,9 @@ def test_the_direction_of_a_metric_is_read_from_its_name():
     down = ("eval/loss", "eval/perplexity", "eval/nll_loss")
     up = ("eval/reward", "eval/mean_token_accuracy", "eval/rewards/accuracies", "eval/pass@4")
     assert [metric_mode(name) for name in (*down, *up, "eval/kl")] == ["min"] * 3 + ["max"] * 4 + [None]
+    # What a set is called says nothing.
+    assert metric_mode("eval/no_loss/reward", ["no_loss"]) == "max"
+    assert metric_mode("eval/high_score/kl", ["high_score"]) is None
 
 
 def test_names_known_here_are_those_that_exist():

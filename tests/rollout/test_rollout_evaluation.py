@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
+from whet.config.evaluation import EvalConfig
 from whet.config.rollout import RolloutConfig
-from whet.config.train import EvalConfig
 from whet.envs.single import SingleTurn
 from whet.errors import DataError, EngineError
 from whet.rollout.evaluation import evaluate_prompts, evaluation_sampling, pass_at_k, pass_at_powers
@@ -140,3 +140,14 @@ def test_evaluation_samples_as_the_rollout_does_but_for_what_it_sets():
     )
     own = evaluation_sampling(rollout, EvalConfig(max_tokens=7, temperature=0.0, top_p=1.0))
     assert (own.max_tokens, own.temperature, own.top_p, own.top_k) == (7, 0.0, 1.0, 5)
+    assert evaluation_sampling(rollout, EvalConfig(top_k=0)).top_k == 0
+
+
+async def test_sets_with_names_sample_other_completions(evaluate, tokenizer, make_prompt, scripted):
+    _, unnamed = await evaluate([0, 0, 0, 0])
+    engine = scripted(lambda *_: "yes")
+    prompts = [make_prompt("0?", label=0, id="p0")]
+    options = {"num_samples": 4, "seed": 0, "tokenizer": tokenizer, "name": "aime", "timeout_s": 5}
+    await evaluate_prompts(prompts, engine, SingleTurn, Table([0, 0, 0, 0]), Sampling(max_tokens=8), **options)
+    assert {key for _, _, key in engine.calls} == {"aime/e0"}
+    assert not {s.seed for _, s, _ in engine.calls} & {s.seed for _, s, _ in unnamed.calls}

@@ -52,8 +52,10 @@ class Examined:
     @property
     def parts(self) -> dict[str, Prepared | Prompts]:
         """The data that could be read, by what it is for."""
-        both = {"training": getattr(self.feed, "train", None), "held-out": getattr(self.feed, "eval", None)}
-        return {name: part for name, part in both.items() if part is not None}
+        found = {"training": getattr(self.feed, "train", None), "held-out": getattr(self.feed, "eval", None)}
+        if isinstance(self.feed, PromptFeed):
+            found |= {held.label: held.prompts for held in self.feed.held_out}
+        return {name: part for name, part in found.items() if part is not None}
 
 
 def examine(config: RunConfig, method: Method | None = None, *, trains: bool = True) -> Examined:

@@ -14,6 +14,14 @@ _TAKEN = {
 """What rendering itself decides; no value of `template_kwargs` may take its place."""
 
 
+def holds_its_place(template: str | None, what: str) -> str | None:
+    """The template, which without its placeholder would give every row the same text. Raises ValueError."""
+    place = "{" + what + "}"
+    if template is not None and place not in template:
+        raise ValueError(f"{template!r} has no {place}; put it where the text of the row goes")
+    return template
+
+
 class DataConfig(Config):
     """Training and evaluation data.
 
@@ -60,11 +68,7 @@ class DataConfig(Config):
     @field_validator("prompt_template", "response_template")
     @classmethod
     def _holds_its_place(cls, template: str | None, info: ValidationInfo) -> str | None:
-        """A template without its placeholder would give every row the same text."""
-        place = "{" + str(info.field_name).removesuffix("_template") + "}"
-        if template is not None and place not in template:
-            raise ValueError(f"{template!r} has no {place}; put it where the text of the row goes")
-        return template
+        return holds_its_place(template, str(info.field_name).removesuffix("_template"))
 
     @field_validator("template_kwargs")
     @classmethod

@@ -9,7 +9,7 @@ from typing import Any
 
 from whet.config.aliases import ALIASES, alias_of
 from whet.config.conversions import Alias, Refused, Unless
-from whet.config.names import Path, any_of, dotted, expects, find, is_mistaken_bool, is_open, nearest, settings, show
+from whet.config.names import Path, any_of, dotted, expects, find, is_mistaken_bool, is_open, names_near, nearest, show
 from whet.config.written import Written, switch_hint
 
 
@@ -124,7 +124,7 @@ def suggestion(path: Path) -> str:
         for name, alias in ALIASES.items()
         if alias.effect == "sets" and not any(target.endswith(f".{name}") for target in alias.targets)
     }
-    near = nearest(dotted(path), [*settings(), *usable])
+    near = nearest(dotted(path), [*names_near(path), *usable])
     shown = [f"{name} ({any_of(usable[name].targets)})" if name in usable else name for name in near]
     return f"; did you mean {any_of(shown)}?" if shown else "; docs/configuration.md lists all settings"
 

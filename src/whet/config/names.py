@@ -17,6 +17,9 @@ from whet.config.run import RunConfig
 
 Path = tuple[str | int, ...]
 
+ENTRY = "NAME"
+"""Stands in a path for the name of an entry, in a mapping of sections."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -26,12 +29,16 @@ class Setting:
     field: FieldInfo
     section: type[BaseModel] | None = None
     """The model of what lies beneath, where this is a section or a list of sections."""
+    has_entries: bool = False
+    """Whether this is a mapping of sections under names of the user's own."""
 
     @property
     def open(self) -> bool:
         """Whether keys beneath are free: the options of a plugin, the entries of a mapping."""
         if self.section is not None:
             return self.section.model_config.get("extra") == "allow"
+        if self.has_entries:
+            return False
         return any(get_origin(kind) is dict or kind is dict for kind in members(self.field.annotation))
 
     @property
@@ -42,6 +49,11 @@ class Setting:
     @property
     def optional(self) -> bool:
         return type(None) in members(self.field.annotation)
+
+    @property
+    def may_be_empty(self) -> bool:
+        """Whether nothing below its heading leaves it at its defaults; an entry is there because it was named."""
+        return self.section is not None and not self.optional and not self.path.endswith(f".{ENTRY}")
 
     @property
     def shorthand(self) -> str | None:
@@ -60,9 +72,9 @@ def members(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
+def _section(annotation: Any, container: Any = list) -> type[BaseModel] | None:
     for kind in members(annotation):
-        kind = get_args(kind)[0] if get_origin(kind) is list else kind
+        kind = get_args(kind)[-1] if get_origin(kind) is container else kind
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
     return None
@@ -74,7 +86,11 @@ def settings(model: type[BaseModel] = RunConfig) -> Mapping[str, Setting]:
     found: dict[str, Setting] = {}
     for name, field in model.model_fields.items():
         section = _section(field.annotation)
-        found[name] = Setting(name, field, section)
+        entry = _section(field.annotation, dict) if section is None else None
+        found[name] = Setting(name, field, section, has_entries=entry is not None)
+        if entry is not None:
+            name, section = f"{name}.{ENTRY}", entry
+            found[name] = Setting(name, field, section)
         for path, setting in settings(section).items() if section else ():
             found[f"{name}.{path}"] = replace(setting, path=f"{name}.{path}")
     return found
@@ -85,16 +101,29 @@ def dotted(path: Iterable[str | int]) -> str:
 
 
 def find(path: Sequence[str | int], model: type[BaseModel] = RunConfig) -> Setting | None:
-    """The setting at a path, or None. Indices into lists are looked through."""
+    """The setting at a path, or None. Indices into lists are looked through; an entry may have any name."""
     setting, name = None, ""
     for part in path:
         if setting is not None and setting.has_items and str(part).isdigit():
             continue
+        part = ENTRY if setting is not None and setting.has_entries else part
         name = f"{name}.{part}" if name else str(part)
         setting = settings(model).get(name)
         if setting is None:
             return None
     return setting
+
+
+def names_near(path: Sequence[str | int], model: type[BaseModel] = RunConfig) -> list[str]:
+    """The settings that a misspelt path can have meant: those of an entry only beneath it, under its name."""
+    plain = [name for name in settings(model) if ENTRY not in name.split(".")]
+    for depth in range(1, len(path)):
+        holder = find(path[:depth], model)
+        if holder is not None and holder.has_entries:
+            entry = dotted(path[: depth + 1])
+            beneath = f"{holder.path}.{ENTRY}."
+            plain += [f"{entry}.{name.removeprefix(beneath)}" for name in settings(model) if name.startswith(beneath)]
+    return plain
 
 
 def is_open(path: Sequence[str | int], model: type[BaseModel] = RunConfig) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 
 from whet.config.data import DataConfig
+from whet.config.evaluation import EvalConfig
+from whet.config.evaluation_rules import OF_PROMPTS, evaluation_problems
 from whet.config.model import QuantizationConfig
 from whet.config.names import did_you_mean, show
 from whet.config.problems import Problem
@@ -15,7 +16,7 @@ from whet.config.rollout import RolloutConfig
 from whet.config.rollout_rules import idle_problems, rollout_problems
 from whet.config.run import RunConfig
 from whet.config.sample_rules import sampling_problems
-from whet.config.train import EvalConfig, TrainConfig
+from whet.config.train import TrainConfig
 
 PAIRED = ("dpo", "apo", "simpo", "cpo", "cpo-simpo", "orpo")
 UNPAIRED = ("kto", "bco")
@@ -51,8 +52,6 @@ ROWS_FOR: Mapping[str, tuple[str, ...]] = {
 """What rejection sampling selects -> the methods that can train on it."""
 GROUP_CREDITS = ("grpo", "grpo_no_std", "rloo")
 """Credit rules that compare the members of a group, and so need at least two."""
-LESS_IS_BETTER = ("loss", "perplexity")
-MORE_IS_BETTER = ("accuracy", "accuracies", "reward", "score", "margin", "pass@")
 
 
 def violations(config: RunConfig, *, trains: bool = True) -> list[Problem]:
@@ -64,23 +63,12 @@ def violations(config: RunConfig, *, trains: bool = True) -> list[Problem]:
     return [problem for rule in rules for problem in rule(config)]
 
 
-def metric_mode(metric: str) -> Literal["min", "max"] | None:
-    """Whether less or more of a metric is better, judged by its name; None where the name does not say."""
-    if any(word in metric for word in LESS_IS_BETTER):
-        return "min"
-    return "max" if any(word in metric for word in MORE_IS_BETTER) else None
-
-
 def _problem(path: str, text: str) -> Problem:
     return Problem(tuple(path.split(".")), text)
 
 
 def _reinforces(config: RunConfig) -> bool:
     return config.method in REINFORCES
-
-
-def _evaluates(config: RunConfig) -> bool:
-    return config.data.eval is not None or config.data.eval_share > 0
 
 
 def _method(config: RunConfig) -> Iterator[Problem]:
@@ -162,10 +150,9 @@ def _elsewhere(config: RunConfig) -> Iterator[Problem]:
     if config.method not in METHOD_NAMES:
         return
     sampled = _reinforces(config) or config.method in SAMPLES
-    names = ("batch_size",) if sampled else ("num_samples", "max_prompts", "max_tokens", "temperature", "top_p")
-    for name in names:
+    for name in ("batch_size",) if sampled else OF_PROMPTS:
         value = getattr(config.eval, name)
-        if value != EvalConfig.model_fields[name].default:
+        if value != EvalConfig.model_fields[name].get_default(call_default_factory=True):
             made = "samples completions of prompts" if sampled else "computes the losses of rows"
             yield _problem(
                 f"eval.{name}",
@@ -323,64 +310,7 @@ def _schedule(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def _evaluation(config: RunConfig) -> Iterator[Problem]:
-    data, evaluation = config.data, config.eval
-    if data.eval is not None and data.eval_share > 0:
-        yield _problem(
-            "data.eval_share",
-            f"data.eval_share is {data.eval_share}, but data.eval already names a file to evaluate on; keep one",
-        )
-    often = evaluation.every_steps is not None or evaluation.every_epochs is not None
-    asked = {
-        "eval.every_steps": evaluation.every_steps is not None,
-        "eval.every_epochs": evaluation.every_epochs is not None,
-        "eval.at_start": evaluation.at_start,
-        "eval.patience": evaluation.patience is not None,
-        "checkpoint.best": config.checkpoint.best,
-    }
-    for name, is_asked in asked.items():
-        if is_asked and not _evaluates(config):
-            section, _, key = name.partition(".")
-            value = show(getattr(getattr(config, section), key))
-            yield _problem(
-                name, f"{name} is {value}, but there is nothing to evaluate on; give data.eval or data.eval_share"
-            )
-    if evaluation.patience is not None and not often:
-        yield _problem(
-            "eval.patience",
-            f"eval.patience is {evaluation.patience}, but evaluations during training are off; give "
-            "eval.every_steps or eval.every_epochs",
-        )
-    if config.checkpoint.best and not (often or evaluation.at_end or evaluation.at_start):
-        yield _problem(
-            "checkpoint.best",
-            "checkpoint.best is true, but no evaluation is made; give eval.every_steps or eval.every_epochs",
-        )
-
-
-def _metric(config: RunConfig) -> Iterator[Problem]:
-    metric = config.eval.metric
-    if metric is None:
-        return
-    if not metric.startswith("eval/") or metric == "eval/":
-        yield _problem(
-            "eval.metric", f"eval.metric is {metric!r}, but metrics of evaluation begin with eval/, as in eval/loss"
-        )
-    elif config.eval.mode is None and metric_mode(metric) is None:
-        yield _problem(
-            "eval.metric",
-            f"eval.metric is {metric!r}, whose name does not tell whether less or more is better; set eval.mode to "
-            "min or max",
-        )
-
-
 def _sampling(config: RunConfig) -> Iterator[Problem]:
-    if config.eval.num_samples > 1 and config.eval.temperature == 0:
-        yield _problem(
-            "eval.num_samples",
-            f"eval.num_samples is {config.eval.num_samples}, but at eval.temperature 0 all completions of a prompt "
-            "are the same; use 1, or raise the temperature",
-        )
     if "" in config.rollout.stop:
         yield _problem("rollout.stop", "rollout.stop holds an empty text, which would end every completion; remove it")
 
@@ -397,8 +327,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _precision,
     _quantised,
     _schedule,
-    _evaluation,
-    _metric,
     _sampling,
+    evaluation_problems,
     sampling_problems,
 )

@@ -7,12 +7,13 @@ from pydantic import Field
 from whet.config.backend import BackendConfig
 from whet.config.base import Config, Plugin
 from whet.config.data import DataConfig
+from whet.config.evaluation import EvalConfig
 from whet.config.model import ModelConfig
 from whet.config.optim import OptimConfig
 from whet.config.roles import DistillConfig, ReferenceConfig
 from whet.config.rollout import EngineConfig, KLConfig, RewardConfig, RolloutConfig
 from whet.config.sample import SampleConfig
-from whet.config.train import CheckpointConfig, EvalConfig, LogConfig, TrainConfig
+from whet.config.train import CheckpointConfig, LogConfig, TrainConfig
 
 
 class LossConfig(Plugin):

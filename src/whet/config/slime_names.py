@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from whet.config import conversions as read
-from whet.config.conversions import Converted, Refused, checked, converted, idle, refused, renamed
+from whet.config.conversions import Converted, Refused, by_method, checked, converted, idle, refused, renamed
+from whet.config.rules import REINFORCES, TRAINS
 
 _SLIME = ("slime",)
 
@@ -35,11 +38,26 @@ def _per_token(value: object) -> Converted:
 
 def _eval_files(value: object) -> Converted:
     """`name path name path`, or one path alone."""
-    if isinstance(value, list):
-        if len(value) % 2:
-            raise Refused("must be pairs of a name and a file, or one file")
-        value = value[1::2] if len(value) > 2 else value[1]
-    return {"data.eval": value}
+    if not isinstance(value, list):
+        return {"data.eval": value}
+    if len(value) % 2:
+        raise Refused("must be pairs of a name and a file, or one file")
+    names = [re.sub(r"\W", "_", str(name)) for name in value[::2]]
+    if len(set(names)) < len(names):
+        raise Refused(f"names a set twice: {', '.join(names)}; give each a name of its own")
+    return {f"eval.sets.{name}.path": path for name, path in zip(names, value[1::2], strict=True)}
+
+
+def _eval_rows(value: object) -> Converted:
+    return {"data.eval": list(_eval_files(value).values())} if isinstance(value, list) else {"data.eval": value}
+
+
+def _eval_top_k(value: object) -> Converted:
+    return {"eval.top_k": 0 if value == -1 else value}
+
+
+def _skips_start(value: object) -> Converted:
+    return {"eval.at_start": not read.switch(value)}
 
 
 def _zero(name: str, why: str):
@@ -51,7 +69,18 @@ SLIME_NAMES = [
     renamed(_SLIME, "hf_checkpoint", "model.path"),
     renamed(_SLIME, "save", "output_dir"),
     renamed(_SLIME, "prompt_data", "data.train"),
-    converted(_SLIME, "eval_prompt_data", "data.eval", _eval_files, "of `name path` pairs the paths"),
+    by_method(
+        "eval_prompt_data",
+        {
+            REINFORCES: converted(
+                _SLIME, "", "data.eval eval.sets", _eval_files, "pairs `name path` are sets, one path is `data.eval`"
+            ),
+            tuple(one for one in TRAINS if one not in REINFORCES): converted(
+                _SLIME, "", "data.eval", _eval_rows, "of pairs `name path` the paths"
+            ),
+        },
+        "it evaluates nothing; leave it out",
+    ),
     renamed(_SLIME, "input_key", "data.columns.prompt"),
     renamed(_SLIME, "label_key", "data.columns.label"),
     renamed(_SLIME, "rollout_shuffle", "data.shuffle"),
@@ -83,6 +112,8 @@ SLIME_NAMES = [
     renamed(_SLIME, "eval_max_response_len", "eval.max_tokens"),
     renamed(_SLIME, "eval_temperature", "eval.temperature"),
     renamed(_SLIME, "eval_top_p", "eval.top_p"),
+    converted(_SLIME, "eval_top_k", "eval.top_k", _eval_top_k, "-1 is 0"),
+    converted(_SLIME, "skip_eval_before_train", "eval.at_start", _skips_start, "true is false", switch=True),
     renamed(_SLIME, "rollout_batch_size", "rollout.prompts_per_step"),
     renamed(_SLIME, "n_samples_per_prompt", "rollout.group_size"),
     renamed(_SLIME, "num_steps_per_rollout", "rollout.optimizer_steps"),
@@ -149,7 +180,6 @@ SLIME_NAMES = [
         switch=True,
     ),
     _zero("kl_coef", "the penalty is a term of the loss here, never a part of the reward; use kl.coef"),
-    refused(_SLIME, "eval_top_k", "held-out completions are sampled from all tokens (eval.top_p)", off=(None,)),
     idle(
         _SLIME, "rollout_max_context_len", "rollout.max_tokens limits completions, the model's positions all", only=None
     ),

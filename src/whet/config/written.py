@@ -47,14 +47,14 @@ def settings_in(values: object, origin: Origin, at: Path = (), path: Path = ()) 
     `at` is the place in `origin`; `path` is the name of the setting, which differs where a key is dotted.
     """
     setting = find(path)
-    is_section = not path or (setting is not None and (setting.section is not None or setting.open))
+    has_sections = not path or (setting is not None and (setting.section is not None or setting.has_entries))
+    is_section = has_sections or (setting is not None and setting.open)
     if isinstance(values, dict) and is_section and (values or not path):
         for key, value in values.items():
             # Our names hold no dots or dashes; the keys of a mapping such as `data.columns` are the user's.
-            is_ours = not path or (setting is not None and setting.section is not None)
-            parts = key.replace("-", "_").split(".") if is_ours else (key,)
+            parts = key.replace("-", "_").split(".") if has_sections else (key,)
             yield from settings_in(value, origin, (*at, key), (*path, *parts))
-    elif values is None and setting is not None and setting.section is not None and not setting.optional:
+    elif values is None and setting is not None and setting.may_be_empty:
         return  # a heading with everything below it commented out
     elif isinstance(values, str) and setting is not None and setting.shorthand is not None:
         yield Written((*path, setting.shorthand), values, origin.at(at))

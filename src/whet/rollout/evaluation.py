@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from whet.config.evaluation import EvalConfig, EvalSetConfig
 from whet.config.rollout import RolloutConfig
-from whet.config.train import EvalConfig
 from whet.engines.protocol import Engine
 from whet.errors import DataError, EngineError
 from whet.rollout.group import Group, GroupPlayer
@@ -31,11 +31,13 @@ class PromptEvaluation:
     transcripts: tuple[Episode, ...]
 
 
-def evaluation_sampling(rollout: RolloutConfig, evaluation: EvalConfig, stop_token_ids: Sequence[int] = ()) -> Sampling:
-    """How an evaluation samples: as the rollout does, but for what `eval` sets itself."""
+def evaluation_sampling(
+    rollout: RolloutConfig, evaluation: EvalConfig | EvalSetConfig, stop_token_ids: Sequence[int] = ()
+) -> Sampling:
+    """How an evaluation samples: as the rollout does, but for what `eval`, or the set, says itself."""
     overrides = {
         name: value
-        for name in ("max_tokens", "temperature", "top_p")
+        for name in ("max_tokens", "temperature", "top_p", "top_k")
         if (value := getattr(evaluation, name)) is not None
     }
     return replace(sampling_of(rollout, stop_token_ids), **overrides)
@@ -51,6 +53,7 @@ async def evaluate_prompts(
     num_samples: int,
     seed: int,
     tokenizer: Any,
+    name: str | None = None,
     timeout_s: float = 600.0,
 ) -> PromptEvaluation:
     """Sample `num_samples` completions of every prompt, score them, and average.
@@ -58,14 +61,16 @@ async def evaluate_prompts(
     Metrics: `reward` and `reward_std`, and the same per reward function; `pass@k` for each power of
     two k up to `num_samples`, where an episode counts as solved from a reward of 1 on; `mean@n`, the
     mean over prompts of their mean reward; lengths and truncated ratio; how many failed. The same
-    seed samples the same completions from the same weights.
+    seed and `name` sample the same completions from the same weights; the name keeps sets apart that are evaluated
+    together.
     Raises DataError without prompts, EngineError if the engine fails or aborts everything, RewardError
     if no episode got a reward.
     """
     if not prompts:
         raise DataError("there is no prompt to evaluate on; look at data.eval and data.max_prompt_length")
     player = GroupPlayer(engine, env, scorer, sampling, tokenizer=tokenizer, seed=seed, timeout_s=timeout_s)
-    numbered = [(f"e{position}", prompt) for position, prompt in enumerate(prompts)]
+    prefix = "e" if name is None else f"{name}/e"
+    numbered = [(f"{prefix}{position}", prompt) for position, prompt in enumerate(prompts)]
     rollout = await player.play(numbered, num_samples)
     scorer.report_failures(rollout.episodes)
     scored = [episode for episode in rollout.episodes if episode.reward is not None]
