@@ -458,8 +458,10 @@ def test_pairs_of_a_name_and_a_file_are_sets_of_evaluation():
         "math": "m.jsonl",
     }
     assert config.eval.top_k == 0
-    assert read("grpo", eval_prompt_data="a.jsonl").config.data.eval == "a.jsonl"
-    assert read("sft", eval_prompt_data=["aime", "a.jsonl", "b", "b.jsonl"]).config.data.eval == ["a.jsonl", "b.jsonl"]
+    plain = {"model": "tiny", "data.train": "a", "reward": "math", "eval_prompt_data": "a.jsonl"}
+    assert from_values(plain, method="grpo").config.data.eval == "a.jsonl"
+    rows = {"model": "tiny", "data.train": "a", "eval_prompt_data": ["aime", "a.jsonl", "b", "b.jsonl"]}
+    assert from_values(rows, method="sft").config.data.eval == ["a.jsonl", "b.jsonl"]
     assert "names a set twice" in error_of("grpo", eval_prompt_data=["a-1", "a", "a_1", "b"])
 
 

@@ -155,7 +155,7 @@ def test_a_launch_script_becomes_a_configuration(imported: Import, tmp_path: Pat
         True,
     )
     assert config.data.columns == {"prompt": "prompt", "label": "label"}
-    assert config.data.eval == "/models/aime-2024/aime-2024.jsonl"
+    assert {name: one.path for name, one in config.eval.sets.items()} == {"aime": "/models/aime-2024/aime-2024.jsonl"}
     assert config.reward.use == "math"  # type: ignore[union-attr]
     rollout = config.rollout
     assert (rollout.prompts_per_step, rollout.group_size, rollout.optimizer_steps) == (32, 8, 4)

@@ -81,6 +81,8 @@ def _method(draft: Draft) -> None:
         return
     draft.method, draft.method_source = "grpo", "slime's method"
     draft.defaults |= _DEFAULTS
+    if draft.value("eval_interval") is not None:
+        draft.defaults["skip_eval_before_train"] = False
     if draft.value("custom_rm_path"):
         draft.pass_over("rm_type", "custom_rm_path takes its place")
         draft.remarks.append(f"custom_rm_path: {ALIASES['custom_rm_path'].note}")
