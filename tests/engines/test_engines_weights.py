@@ -46,8 +46,13 @@ def copied(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in trained(model).items()}
 
 
+def engine_over(model: nn.Module, **options) -> LocalEngine:
+    """Without what is kept of earlier requests, which changes the last bits."""
+    return LocalEngine(own_copy(model), max_concurrent=4, prefix_cache_mb=0, **options)
+
+
 def engine_beside(model: nn.Module, **options) -> LocalEngine:
-    return LocalEngine(own_copy(model), max_concurrent=4, weights_from=model, **options)
+    return engine_over(model, weights_from=model, **options)
 
 
 def change(model: nn.Module, by: float = 1.1) -> None:
@@ -88,7 +93,7 @@ async def test_what_is_trained_arrives_with_update_weights_and_not_before(tiny_q
     await engine.update_weights(1)
     after = await completions(engine)
     assert after != before
-    assert after == await completions(LocalEngine(own_copy(model), max_concurrent=4, version=1))
+    assert after == await completions(engine_over(model, version=1))
     assert {span.version for c in after for span in c.versions} == {1}
 
 
@@ -161,5 +166,5 @@ def test_training_and_sampling_at_once_give_what_each_gives_alone(tiny_qwen, mak
     assert losses == losses_alone
     assert all(torch.equal(weight, copied(together)[name]) for name, weight in copied(alone).items())
     assert all(done == sampled_alone for done in rounds)
-    fresh = LocalEngine(own_copy(together), max_concurrent=4, autocast=autocast, version=1)
+    fresh = engine_over(together, autocast=autocast, version=1)
     assert updated == asyncio.run(completions(fresh))

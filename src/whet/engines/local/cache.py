@@ -9,6 +9,9 @@ ROW_BLOCK = 16
 LENGTH_BLOCK = 256
 """The cache grows by whole blocks, and by half its size at least, so that growing is rare."""
 
+Layers = dict[int, tuple[Tensor, Tensor]]
+"""By layer the keys and values of one sequence, [Hkv, length, D] each."""
+
 
 class SlotCache:
     """Per layer keys [rows, Hkv, length, D] and values of the same shape (D may differ).
@@ -53,6 +56,26 @@ class SlotCache:
         for layer in self._layers.values():
             for held in layer:
                 held[target, :, :length] = held[source, :, :length]
+
+    @torch.inference_mode()
+    def read(self, slot: int, length: int) -> Layers:
+        """A copy of the first `length` positions of a slot."""
+        return {
+            index: (keys[slot, :, :length].clone(), values[slot, :, :length].clone())
+            for index, (keys, values) in self._layers.items()
+        }
+
+    @torch.inference_mode()
+    def write(self, slot: int, layers: Layers, length: int) -> None:
+        """Put the first `length` positions of what `read` gave into a slot."""
+        for index, held in layers.items():
+            for target, source in zip(self.layer(index, *(x[None] for x in held)), held, strict=True):
+                target[slot, :, :length] = source[:, :length]
+
+    def num_bytes(self, length: int) -> int:
+        """Memory of `length` positions of one slot in all layers; 0 before anything was written."""
+        held = [tensor for layer in self._layers.values() for tensor in layer]
+        return sum(length * x.shape[1] * x.shape[3] * x.element_size() for x in held)
 
     def _empty(self, like: Tensor) -> Tensor:
         # Zeros: a position not yet written is masked, but what lies there must not be NaN.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -48,6 +51,45 @@ class Prefill:
         return self.segments.attend(module, query, key, value, scaling, **options)
 
 
+class Extend:
+    """The rest of prompts whose beginnings lie in slots already, in packed form.
+
+    Prompt i, from its token `starts[i]` on, is `lengths[i]` tokens of the stream; they go to slot `slots[i]` and
+    attend to all that stands there before them.
+    """
+
+    def __init__(self, cache: SlotCache, slots: Sequence[int], starts: Sequence[int], lengths: Sequence[int]):
+        self.cache = cache
+        self.rows = list(zip(slots, starts, lengths, accumulate(lengths, initial=0), strict=False))
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, **options
+    ) -> Tensor:
+        """query [1, H, P, D], key and value [1, Hkv, P, D] -> [1, P, H, D] (see AttentionContext)."""
+        keys, values = self.cache.layer(module.layer_idx, key, value)
+        outs = []
+        for row, (slot, start, length, at) in enumerate(self.rows):
+            end, places = start + length, slice(at, at + length)
+            keys[slot, :, start:end] = key[0, :, places]
+            values[slot, :, start:end] = value[0, :, places]
+            q = query[:, :, places].to(keys.dtype).reshape(1, keys.shape[1], -1, query.shape[-1])
+            mask = self._mask(row, options.get("sliding_window"), keys)
+            groups = query.shape[1] // keys.shape[1]
+            k, v = keys[slot : slot + 1, :, :end], values[slot : slot + 1, :, :end]
+            out = _attend(q, k, v, mask.repeat(groups, 1), scaling, **options)
+            outs.append(out.reshape(query.shape[1], length, -1).transpose(0, 1))
+        return torch.cat(outs)[None]
+
+    def _mask(self, row: int, window: int | None, keys: Tensor) -> Tensor:
+        """[length, start + length], 0 where a token looks and -inf elsewhere; the same for all layers."""
+        if (row, window) not in self._masks:
+            _, start, length, _ = self.rows[row]
+            positions = torch.arange(start, start + length, device=keys.device)
+            self._masks[row, window] = _hiding(positions, start + length, window, keys.dtype)
+        return self._masks[row, window]
+
+
 class Decode:
     """One new token for each of the first B slots, attending to what its slot holds up to its own position.
 
@@ -71,9 +113,7 @@ class Decode:
         value: Tensor,
         scaling: float | None,
         sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **_,
+        **options,
     ) -> Tensor:
         """query [B, H, 1, D], key and value [B, Hkv, 1, D] -> [B, 1, H, D] (see AttentionContext)."""
         keys, values = self.cache.layer(module.layer_idx, key, value)
@@ -85,11 +125,8 @@ class Decode:
         mask = self._mask(sliding_window, keys.dtype)
         outs = []
         for a, b, length in self._blocks_for(keys):
-            q, k, v, m = query[a:b], keys[a:b, :, :length], values[a:b, :, :length], mask[a:b, ..., :length]
-            if softcap or s_aux is not None:
-                outs.append(_by_scores(q, k, v, m, scaling, softcap, s_aux))
-            else:
-                outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=m, scale=scaling))
+            k, v, m = keys[a:b, :, :length], values[a:b, :, :length], mask[a:b, ..., :length]
+            outs.append(_attend(query[a:b], k, v, m, scaling, **options))
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return out.reshape(batch, 1, heads, -1)
 
@@ -112,23 +149,33 @@ class Decode:
     def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """[B, 1, 1, length], 0 where a row looks and -inf elsewhere; the same for all layers with this window."""
         if window not in self._masks:
-            distance = self.positions[:, None] - torch.arange(self.length, device=self.positions.device)
-            hidden = (distance < 0) | (distance >= window) if window else distance < 0
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
-            self._masks[window] = mask[:, None, None]
+            self._masks[window] = _hiding(self.positions, self.length, window, dtype)[:, None, None]
         return self._masks[window]
 
 
-def _by_scores(
+def _hiding(positions: Tensor, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[len(positions), length]: 0 where a token at each position looks, -inf elsewhere."""
+    distance = positions[:, None] - torch.arange(length, device=positions.device)
+    hidden = (distance < 0) | (distance >= window) if window else distance < 0
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+
+
+def _attend(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
     mask: Tensor,
     scaling: float | None,
-    softcap: float | None,
-    s_aux: Tensor | None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_,
 ) -> Tensor:
-    """query [B, Hkv, G, D], keys and values [B, Hkv, S, D] -> [B, Hkv, G, D], with explicit scores."""
+    """query [B, Hkv, Q, D], keys and values [B, Hkv, S, D] -> [B, Hkv, Q, D].
+
+    The queries are those of all heads that share a key, head by head. `mask` is added to the scores.
+    """
+    if not softcap and s_aux is None:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
     scores = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -136,6 +183,9 @@ def _by_scores(
     if s_aux is None:
         weights = scores.softmax(-1)
     else:  # a learned score per head that takes up probability and gives nothing
-        sink = s_aux.float().reshape(1, *scores.shape[1:3], 1).expand(len(scores), -1, -1, 1)
+        per_head = scores.shape[1] * scores.shape[2] // len(s_aux)
+        sink = (
+            s_aux.float().repeat_interleave(per_head).reshape(1, *scores.shape[1:3], 1).expand(len(scores), -1, -1, 1)
+        )
         weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
     return weights.to(values.dtype) @ values

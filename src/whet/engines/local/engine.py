@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from whet.engines.local.cache import LENGTH_BLOCK
 from whet.engines.local.check import check
 from whet.engines.local.forward import Forward
+from whet.engines.local.prompts import Prompts
 from whet.engines.local.request import Request, StopText
 from whet.engines.local.rows import Rows
 from whet.engines.local.sampler import sample
@@ -36,15 +37,12 @@ class Stats:
     prefill_tokens: int = 0
     """Prompt tokens computed."""
     prefill_tokens_saved: int = 0
-    """Prompt tokens not computed because another request in flight shared them."""
+    """Prompt tokens not computed because another request shared them, in flight or ended."""
 
-
-@dataclass(eq=False)
-class _Prompt:
-    """A prompt in flight: the rows whose slots hold its keys and values, and its last hidden state [H]."""
-
-    holders: list[Request] = field(default_factory=list)
-    hidden: Tensor | None = None
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Share of the prompt tokens that needed no computation."""
+        return self.prefill_tokens_saved / max(1, self.prefill_tokens + self.prefill_tokens_saved)
 
 
 class LocalEngine:
@@ -52,13 +50,15 @@ class LocalEngine:
     `engines.protocol.Engine`).
 
     A step prefills what has joined, then decodes one token for every row. Requests join as soon as a row is
-    free and leave at once; a prompt is computed once for all requests in flight that start with the same
-    tokens, found by the tokens themselves (`prefix_key` is not needed). Between two steps the event loop
+    free and leave at once; what a prompt has in common with requests in flight, or ended before, is not computed
+    again, and found by the tokens themselves (`prefix_key` is not needed). Between two steps the event loop
     runs, and the model is in the mode the trainer left it in.
 
     `stop_token_ids` are the model's end-of-sequence tokens; `tokenizer` is needed for stop strings only.
     `autocast` is the type the trainer computes in, None without autocast. `timeout_s` bounds one completion.
     `prefill_tokens` bounds the prompt tokens of one forward call (a longer prompt goes alone).
+    `prefix_cache_mb` bounds the keys and values kept of requests that have ended, for those that go on from there;
+    they go when the weights change, and with `release`.
     `weights_from` is the model that is trained, where `model` is a copy of it (`weights.own_copy`): what is trained
     is then copied by `update_weights`, and another thread may train while this one samples.
     Raises EngineError if the model cannot be served exactly (see `check`).
@@ -76,6 +76,7 @@ class LocalEngine:
         prefill_tokens: int = 8192,
         version: int = 0,
         weights_from: nn.Module | None = None,
+        prefix_cache_mb: float = 256.0,
     ):
         self.tokenizer = tokenizer
         self.stop_token_ids = frozenset(stop_token_ids)
@@ -91,7 +92,7 @@ class LocalEngine:
         check(model, self._vocabulary)
         self._rows = Rows(max_concurrent)
         self._waiting: dict[tuple[int, ...], deque[Request]] = {}
-        self._prompts: dict[tuple[int, ...], _Prompt] = {}
+        self._prompts = Prompts(self._forward, int(prefix_cache_mb * 2**20))
         self._stats = Stats()
         self._paused = self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -139,7 +140,7 @@ class LocalEngine:
 
     async def abort(self, prefix_keys: Collection[str] | None = None) -> None:
         chosen = [one for one in self._requests() if prefix_keys is None or one.key in prefix_keys]
-        for request in chosen:
+        for request in reversed(chosen):  # those that wait first, then rows from the last down: nothing is moved
             self._withdraw(request)
         if not (self._rows or self._waiting):
             self._clear()
@@ -149,6 +150,11 @@ class LocalEngine:
     async def close(self) -> None:
         self._closed = True
         await self.abort()
+        self.release()
+
+    def release(self) -> None:
+        """Let go of what is kept for later requests: the trainer is about to need the memory."""
+        self._prompts.kept.clear()
 
     def health(self) -> dict[str, Any]:
         status = "closed" if self._closed else "paused" if self._paused else "ok"
@@ -156,7 +162,7 @@ class LocalEngine:
 
     def stats(self) -> dict[str, float]:
         """Counts and seconds since the engine was made (see `Stats`)."""
-        return asdict(self._stats)
+        return {**asdict(self._stats), "prefix_hit_rate": self._stats.prefix_hit_rate}
 
     # --- taking requests in and out -------------------------------------------------------------------
 
@@ -232,7 +238,7 @@ class LocalEngine:
     def _clear(self) -> None:
         self._rows.clear()
         self._waiting.clear()
-        self._prompts.clear()
+        self._prompts.forget_slots()
         self._forward.cache.clear()
 
     # --- the loop of steps ----------------------------------------------------------------------------
@@ -261,6 +267,7 @@ class LocalEngine:
         """Hand a failure of a step to everyone who waits, and start from nothing with the next request."""
         requests = self._requests()
         self._clear()
+        self.release()
         for request in requests:
             if request.answer.done():
                 continue
@@ -286,29 +293,16 @@ class LocalEngine:
         self._stats.seconds += time.perf_counter() - start
 
     def _join(self) -> None:
-        """Give free rows to waiting requests; compute their prompts, or copy them from a row that holds them."""
+        """Give free rows to waiting requests; compute their prompts, or copy them from where they lie."""
         if not (requests := self._next_requests()):
             return
         self._forward.cache.reserve(len(self._rows) + len(requests), max(map(_room, requests)))
-        new: dict[tuple[int, ...], _Prompt] = {}
         for request in requests:
             request.mark(self.version)
             self._rows.add(request)
-            prompt = self._prompts.get(request.tokens)
-            if prompt is None:
-                prompt = self._prompts[request.tokens] = new[request.tokens] = _Prompt()
-            elif prompt.hidden is not None:
-                self._forward.cache.copy(prompt.holders[0].row, request.row, len(request.tokens))
-                self._stats.prefill_tokens_saved += len(request.tokens)
-            prompt.holders.append(request)
-        if new:
-            slots = [[request.row for request in prompt.holders] for prompt in new.values()]
-            hidden, computed = self._forward.prefill(list(new), slots)
-            for prompt, state in zip(new.values(), hidden, strict=True):
-                prompt.hidden = state
-            wanted = sum(len(tokens) * len(prompt.holders) for tokens, prompt in new.items())
-            self._stats.prefill_tokens += computed
-            self._stats.prefill_tokens_saved += wanted - computed
+        computed, saved = self._prompts.join(requests)
+        self._stats.prefill_tokens += computed
+        self._stats.prefill_tokens_saved += saved
 
     def _next_requests(self) -> list[Request]:
         """Requests for the free rows, in the order their prompts came, all of a prompt together."""
@@ -316,10 +310,9 @@ class LocalEngine:
         free, uncomputed = self.max_concurrent - len(self._rows), 0
         while free and self._waiting:
             tokens, queue = next(iter(self._waiting.items()))
-            if tokens not in self._prompts:
-                uncomputed += len(tokens)
-                if taken and uncomputed > self.prefill_tokens:
-                    break
+            uncomputed += self._prompts.num_uncomputed(tokens)
+            if taken and uncomputed > self.prefill_tokens:
+                break
             while free and queue:
                 taken.append(queue.popleft())
                 free -= 1
@@ -329,10 +322,7 @@ class LocalEngine:
 
     def _first_logits(self, rows: np.ndarray) -> Tensor:
         """Logits after the prompt, for rows without a token. One head call per prompt, not per row."""
-        prompts = [self._prompts[self._rows.requests[row].tokens] for row in rows.tolist()]
-        distinct = list(dict.fromkeys(prompts))
-        hidden = torch.stack([prompt.hidden for prompt in distinct])
-        index = torch.tensor([distinct.index(prompt) for prompt in prompts], device=hidden.device)
+        hidden, index = self._prompts.first_hidden([self._rows.requests[row] for row in rows.tolist()])
         return self._forward.logits(hidden)[index]
 
     def _advance(self, rows: np.ndarray, logits: Tensor) -> None:
@@ -357,21 +347,18 @@ class LocalEngine:
 
     def _leave(self, request: Request) -> None:
         """Give a request's row to one that waits with the same prompt, or free it."""
-        row, prompt, queue = request.row, self._prompts.get(request.tokens), self._waiting.get(request.tokens)
-        # A row filled before the weights changed holds nothing that can be passed on.
-        if prompt is not None and request in prompt.holders:
-            prompt.holders.remove(request)
-            if queue:
-                heir = queue.popleft()
-                if not queue:
-                    del self._waiting[request.tokens]
-                heir.mark(self.version)
-                prompt.holders.append(heir)
-                self._rows.hand_over(row, heir)
-                self._stats.prefill_tokens_saved += len(heir.tokens)
-                return
-            if not prompt.holders:
-                del self._prompts[request.tokens]
+        row, queue = request.row, self._waiting.get(request.tokens)
+        prompt = self._prompts.leave(request, int(self._rows.position[row]))
+        if prompt is not None and queue:
+            heir = queue.popleft()
+            if not queue:
+                del self._waiting[request.tokens]
+            heir.mark(self.version)
+            prompt.holders.append(heir)
+            self._rows.hand_over(row, heir)
+            self._stats.prefill_tokens_saved += len(heir.tokens)
+            return
+        self._prompts.drop_unheld(request.tokens)
         self._free(row)
 
     def _free(self, row: int) -> None:

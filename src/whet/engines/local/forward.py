@@ -1,4 +1,4 @@
-"""The model's forward calls in the embedded engine: prompts in packed form, then one token per row."""
+"""The model's forward calls in the embedded engine: prompts, or what is new of them, then one token per row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from whet.engines.local.cache import SlotCache
-from whet.engines.local.contexts import Decode, Prefill
+from whet.engines.local.contexts import Decode, Extend, Prefill
 from whet.models import parts
 from whet.tensor.attention import AttentionContext, attention
 from whet.tensor.segments import Segments
@@ -77,6 +77,18 @@ class Forward:
         )
         hidden = self._decoder(tree.tokens[None], tree.position_ids[None], context)
         return hidden[0, self._tensor(tree.index[bounds[1:] - 1])], tree.num_tokens
+
+    def extend(self, rests: Sequence[Sequence[int]], slots: Sequence[int], starts: Sequence[int]) -> Tensor:
+        """Compute the rest of prompts whose first `starts` tokens lie in `slots` already, and write it there.
+
+        Returns the hidden state of each one's last token [prompts, H].
+        """
+        lengths = [len(rest) for rest in rests]
+        tokens = np.concatenate([np.asarray(rest, dtype=np.int64) for rest in rests])
+        positions = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])
+        context = Extend(self.cache, slots, starts, lengths)
+        hidden = self._decoder(tokens[None], positions[None], context)
+        return hidden[0, self._tensor(np.cumsum(lengths) - 1)]
 
     def decode(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
         """One token [B] at its position [B] for each of the first B slots -> hidden states [B, H]."""
