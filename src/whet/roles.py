@@ -87,9 +87,12 @@ class Policy:
         """A new engine over the weights of the model in this role, or over a copy of them that `update_weights`
         brings up to date, so that one thread may train while another samples."""
         config, model = self.config.engine, self.backends[role].model
-        following: dict[str, Any] = {}
+        special: dict[str, Any] = {}
+        if config.use in ENGINES or config.prefix_cache_mb is not None:  # a user's engine need not know of it
+            special["prefix_cache_mb"] = config.kept_mb(has_env=self.config.env is not None)
         if own_weights:
-            model, following = own_copy(model), {"weights_from": model}
+            special["weights_from"] = model
+            model = own_copy(model)
             logger.info("the engine samples from a copy of the weights, %.0f MiB", num_bytes(model) / 2**20)
         return engine_maker(self.config)(
             model,
@@ -98,7 +101,7 @@ class Policy:
             max_concurrent=config.max_concurrent,
             timeout_s=config.timeout_s,
             autocast=self.arithmetic.autocast,
-            **following,
+            **special,
         )
 
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from whet.engines.local.engine import LocalEngine
 from whet.types import Completion, Sampling
 
-PROMPTS = [[65], list(b"two"), list(b"two and two"), list(b"a longer prompt, of thirty or so tokens")]
+LONG = b"a longer prompt, of thirty or so tokens"
+PROMPTS = [[65], list(b"two"), list(b"two and two"), list(LONG), list(LONG + b" or so"), list(LONG[:25] + b" more")]
 SAMPLINGS = [
     Sampling(max_tokens=n, seed=n, temperature=t, top_k=k)
     for n, t, k in [(1, 1.0, 0), (2, 0.0, 0), (5, 1.0, 20), (9, 0.8, 0), (12, 1.0, 0)]
@@ -28,7 +29,7 @@ def model(tiny_qwen):
 
 @pytest.fixture(scope="module")
 def alone(model) -> dict[tuple[int, int], Completion]:
-    engine = LocalEngine(model, max_concurrent=1)
+    engine = LocalEngine(model, max_concurrent=1, prefix_cache_mb=0)
 
     async def each() -> dict[tuple[int, int], Completion]:
         return {(p, s): await engine.generate(PROMPTS[p], SAMPLINGS[s]) for p, s in KINDS}
@@ -76,9 +77,10 @@ async def play(engine: LocalEngine, actions: list[Action]) -> list[tuple[tuple[i
     actions=st.lists(st.one_of(submit, submit, group, wait, wait, cancel, other), min_size=1, max_size=25),
     max_concurrent=st.integers(1, 5),
     prefill_tokens=st.sampled_from([1, 20, 1000]),
+    prefix_cache_mb=st.sampled_from([0, 0.05, 100]),
 )
-def test_every_request_gets_what_it_would_get_alone(model, alone, actions, max_concurrent, prefill_tokens):
-    engine = LocalEngine(model, max_concurrent=max_concurrent, prefill_tokens=prefill_tokens)
+def test_every_request_gets_what_it_would_get_alone(model, alone, actions, **options):
+    engine = LocalEngine(model, **options)
     for kind, task in asyncio.run(play(engine, actions)):
         if task.cancelled():
             continue

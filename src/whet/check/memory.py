@@ -111,9 +111,9 @@ def estimate(config: RunConfig, method: Method, work: Work) -> Estimate:
     holes = HEAP_HOLES * peaks.small if device == "cpu" else 0.0
     moments = [*_training({**static, "heap": holes}, held, peaks, again=work.micro.again)]
     if work.decoded:
-        moments.append(
-            Moment("sampling", {**static, "heap": holes, **_sampling(settings, work, autocast, config.model)})
-        )
+        kept = config.engine.kept_mb(has_env=config.env is not None) * 2**20
+        sampling = _sampling(settings, work, autocast, config.model)
+        moments.append(Moment("sampling", {**static, "heap": holes, **sampling, "kept prefixes": kept}))
     given = config.backend.memory_gb
     return Estimate(device, tuple(moments), available_bytes(device) if given is None else int(given * 1e9))
 

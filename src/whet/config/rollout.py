@@ -97,6 +97,15 @@ class EngineConfig(Config):
     """Most completions decoded at a time."""
     timeout_s: float = Field(default=600.0, gt=0)
     """Most seconds that one completion may take before the run stops and says so."""
+    prefix_cache_mb: float | None = Field(default=None, ge=0)
+    """MiB of keys and values kept of completions that have ended, so that a next turn computes only what is new;
+    they go when the weights change. 256 where there is an environment when not given, else 0."""
+
+    def kept_mb(self, *, has_env: bool) -> float:
+        """MiB kept of completions that have ended."""
+        if self.prefix_cache_mb is not None:
+            return self.prefix_cache_mb
+        return 256.0 if has_env else 0.0
 
 
 class RewardConfig(Plugin):
