@@ -20,7 +20,7 @@ from whet.data.prepare import prepare
 from whet.data.prompts import prepare_prompts
 from whet.data.source import PromptRows, RowSource
 from whet.engines.protocol import Engine
-from whet.envs.registry import build_env
+from whet.envs.registry import build_env, check_prompts
 from whet.errors import ConfigError, Gathering
 from whet.evaluate import ROWS_PER_BATCH, evaluate_rows
 from whet.held_out import HeldOut, evaluate_sets, read_sets
@@ -127,18 +127,24 @@ class PromptFeed:
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, errors: Gathering | None = None):
         self.config, self.tokenizer = config, tokenizer
         with Gathering.of(errors) as errors:
+            self.env, tools = build_env(None), None
             with errors.going_on():
-                self.env = build_env(config.env)
-            self.train, self.eval = _read(config, tokenizer, prepare_prompts, errors)
+                self.env = build_env(config.env, tokenizer, config.data.template_kwargs)
+                tools = getattr(self.env, "tools", None)
+            self.train, self.eval = _read(config, tokenizer, partial(prepare_prompts, tools=tools), errors)
             scorer = None
             with errors.going_on():
                 scorer = self.scorer = build_scorer(config.reward, run=config)
                 for part in (self.train, self.eval):
                     if part is not None:
                         self.scorer.check(part)
-            self.held_out = read_sets(config, tokenizer, scorer, errors)
+            self.held_out = read_sets(config, tokenizer, scorer, errors, tools)
             if self.eval is not None and scorer is not None:
                 self.held_out.insert(0, HeldOut(None, self.eval, config.eval, scorer))
+            for part in (self.train, self.eval, *(held.prompts for held in self.held_out if held.name is not None)):
+                if part is not None:
+                    with errors.going_on():
+                        check_prompts(self.env, part)
         self.transcripts: tuple[Episode, ...] = ()
         """A few episodes of the last evaluation."""
 
@@ -147,16 +153,18 @@ class PromptFeed:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence that the model may see: a prompt and a whole completion."""
-        sampled = self.config.rollout.max_tokens
-        trained = 0 if self.train is None else self.train.longest_prompt + sampled
+        """Tokens of the longest sequence that the model may see: a prompt, what is sampled, and what the environment
+        says at the most."""
+        sampled, injected = self.config.rollout.max_tokens, getattr(self.env, "max_injected", 0)
+        trained = 0 if self.train is None else self.train.longest_prompt + sampled + injected
         evaluated = (one.prompts.longest_prompt + (one.settings.max_tokens or sampled) for one in self.held_out)
-        return max(trained, *evaluated, 0)
+        return max(trained, *(length + injected for length in evaluated), 0)
 
     @property
     def remedy(self) -> str:
         """What makes the longest sequence shorter."""
-        return "lower data.max_prompt_length, rollout.max_tokens or eval.max_tokens"
+        said = ", env.max_output_tokens" if hasattr(self.env, "max_injected") else ""
+        return f"lower data.max_prompt_length, rollout.max_tokens{said} or eval.max_tokens"
 
     def walk(self) -> PromptRows:
         """The prompts in the order of training, from the beginning."""

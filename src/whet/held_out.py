@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -48,11 +49,16 @@ class HeldOut:
 
 
 def read_sets(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, scorer: RewardScorer | None, errors: Gathering
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    scorer: RewardScorer | None,
+    errors: Gathering,
+    tools: list[dict[str, Any]] | None = None,
 ) -> list[HeldOut]:
     """The sets of `eval.sets`. What is wrong with one goes to `errors`, under its name, and it is left out.
 
-    `scorer` is that of the run, for sets without a reward of their own; None if it could not be made.
+    `scorer` is that of the run, for sets without a reward of their own; None if it could not be made. `tools` are
+    shown by prompts without any of their own.
     """
     found = []
     for name in config.eval.sets:
@@ -62,7 +68,7 @@ def read_sets(
             prompts, judge = None, scorer
             with own.going_on():
                 data = data_of_set(config.data, settings)
-                prompts = prepare_prompts(data, settings.path, tokenizer, what=name, errors=own)
+                prompts = prepare_prompts(data, settings.path, tokenizer, what=name, tools=tools, errors=own)
                 logger.info("held-out data %s: %s", name, prompts.report)
             with own.going_on():
                 if settings.reward is not None:

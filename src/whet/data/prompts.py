@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -77,13 +78,14 @@ def prepare_prompts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     what: str = "train",
+    tools: list[dict[str, Any]] | None = None,
     progress: Progress | None = None,
     errors: Gathering | None = None,
 ) -> Prompts:
     """The prompts of `paths`, tokenised: messages through the chat template, up to where the answer begins.
 
     Plain text stands as it is (`data.prompt_template` around it), or as a user message when `data.chat`
-    is `always`. `tools` of a row are rendered and kept in the prompt's metadata. Prompts longer than
+    is `always`. `tools` of a row, or else these, are rendered and kept in the prompt's metadata. Prompts longer than
     `data.max_prompt_length` are dropped and counted. Plain text with a system message is kept as two messages.
     Raises DataError for files and rows that cannot be used, all at once, and when more than
     `data.max_cut_share` of the rows is dropped; ModelError when the tokenizer lacks a chat template.
@@ -94,7 +96,7 @@ def prepare_prompts(
     items = read_items(parse_sources(paths), cfg.columns, PROMPT_SHAPES, problems)
 
     def render(row: PromptRow) -> list[Rendered]:
-        return [renderer.prompt(row)]
+        return [renderer.prompt(_with_tools(row, tools))]
 
     kept: list[Prompt] = []
     lengths: list[int] = []
@@ -104,16 +106,23 @@ def prepare_prompts(
             continue
         lengths.append(len(encoded.tokens))
         if cfg.max_prompt_length is None or lengths[-1] <= cfg.max_prompt_length:
-            kept.append(_prompt(f"{what}/{placed.index}", placed.item, renderer.said(placed.item), encoded))
+            row = _with_tools(placed.item, tools)
+            kept.append(_prompt(f"{what}/{placed.index}", row, renderer.said(row), encoded))
     with Gathering.of(errors) as errors:
         with errors.going_on():
             problems.raise_any()
         report = _report(kept, lengths)
         with errors.going_on():
             _refuse_long(cfg, report)
+        if not kept and errors.errors and not report.rows:
+            raise errors.errors[-1]  # no row could be used at all
     if not kept:
         raise DataError(f"all {report.rows:,} prompts are longer than data.max_prompt_length; raise it")
     return Prompts(tuple(kept), report)
+
+
+def _with_tools(row: PromptRow, tools: list[dict[str, Any]] | None) -> PromptRow:
+    return row if row.tools or not tools else replace(row, tools=tools)
 
 
 def _refuse_long(cfg: DataConfig, report: PromptReport) -> None:

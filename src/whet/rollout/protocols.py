@@ -76,7 +76,8 @@ class Env(Protocol):
 EnvFactory = Callable[[Prompt, Any], Env]
 """`factory(prompt, tokenizer) -> Env`; keyword-only parameters of a factory are its options.
 
-A factory may have an attribute `tools`, the functions that prompts show to the policy; a method
+A factory may have an attribute `tools`, the functions that prompts show to the policy; an attribute `max_injected`,
+the most tokens that an environment adds to an episode; a method
 `prepare(tokenizer, variables)`, called before prompts are read with the tokenizer and `data.template_kwargs`, which
 raises ConfigError or ModelError for what it cannot work with; and a method `check(prompt)`, which raises ValueError for
 a prompt that it could never play."""
