@@ -15,8 +15,8 @@ from whet.checkpoints.save import publish
 from whet.config.loader import dump
 from whet.config.run import RunConfig
 from whet.engines.protocol import Engine
-from whet.errors import ConfigError
-from whet.feeds import PromptFeed, RowFeed
+from whet.errors import CheckpointError, ConfigError
+from whet.feeds import PromptFeed, RowFeed, without_training_data
 from whet.keeper import Keeper
 from whet.log import RunLog
 from whet.loop import Loop
@@ -24,6 +24,9 @@ from whet.methods import Method
 from whet.models.card import write_card
 from whet.models.source import adapter_base
 from whet.roles import Policy, load_policy
+from whet.rollout.dump import FOLDER, Dump, DumpedSource
+from whet.rollout.protocols import Source
+from whet.rollouts_only import SamplingLoop
 from whet.types import Episode
 
 logger = logging.getLogger(__name__)
@@ -44,7 +47,7 @@ class Run:
         config, loop = self.policy.config, self.loop
         # Nothing is written before: what is refused, or only predicts, leaves the files of an earlier run alone.
         with claimed(self.keeper.root) as folder:
-            total_steps = loop.schedule.total_steps
+            total_steps = loop.schedule.last_step
             if loop.finished and (folder / RUN_FILE).is_file():
                 logger.warning(
                     "%s stands at step %d of %d: nothing is trained, and other settings change nothing; raise "
@@ -63,6 +66,9 @@ class Run:
         return loop.progress.last_eval
 
     def _finish(self, log: RunLog, folder: Path) -> None:
+        if self.policy.config.debug.rollout_only:
+            log.message(f"the rollouts are in {folder / FOLDER}; nothing was trained")
+            return
         if self.keeper.restore_best(self.loop):
             log.message(f"the weights are those of step {self.loop.progress.best_step}, the best evaluation")
         publish(folder, self._export)
@@ -87,9 +93,21 @@ def compose(config: RunConfig, method: Method | None = None) -> Run:
     method, tokenizer, feed, keeper, schedule = found.method, found.tokenizer, found.feed, found.keeper, found.schedule
     assert method is not None and tokenizer is not None and feed is not None, "what is missing has been refused"
     assert keeper is not None and schedule is not None, "what is missing has been refused"
-    policy = load_policy(config, method, tokenizer, train=True)
+    trains = not config.debug.rollout_only
+    if keeper.found and not trains:
+        raise CheckpointError(
+            f"debug.rollout_only samples from model.path, but {keeper.found} is of a run that trains; set output_dir "
+            "to another folder"
+        )
+    policy = load_policy(config, method, tokenizer, train=trains)
     connected = feed.connect(policy)
-    loop = Loop(config, method, connected.source, policy.backends, schedule, evaluate=connected.evaluate, saver=keeper)
+    source = connected.source
+    if config.log.rollouts or not trains:
+        source = _dumped(source, config, keeper.root / FOLDER, num_prompts=len(feed))
+    if trains:
+        loop = Loop(config, method, source, policy.backends, schedule, evaluate=connected.evaluate, saver=keeper)
+    else:
+        loop = SamplingLoop(config, method, source, policy.backends, schedule)
     if keeper.found:
         keeper.restore(loop)
         logger.info("going on from %s", keeper.found)
@@ -100,9 +118,9 @@ def compose(config: RunConfig, method: Method | None = None) -> Run:
 async def evaluate(config: RunConfig) -> tuple[dict[str, float], tuple[Episode, ...]]:
     """Evaluate a model on the held-out data without training it: metrics, and a few episodes if it sampled any."""
     if config.data.eval is not None:  # the training data is not needed
-        config = _without_training(config)
+        config = without_training_data(config)
     elif config.eval.sets:  # nor is it for these, unless a part of it is held out
-        config = config if config.data.eval_share else _without_training(config)
+        config = config if config.data.eval_share else without_training_data(config)
     elif not config.data.eval_share:
         raise ConfigError("there is no held-out data to evaluate on; set data.eval")
     is_adapter = adapter_base(config.model) is not None
@@ -124,6 +142,8 @@ async def evaluate(config: RunConfig) -> tuple[dict[str, float], tuple[Episode, 
     return metrics, getattr(feed, "transcripts", ())
 
 
-def _without_training(config: RunConfig) -> RunConfig:
-    """The configuration without the data to train on."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"train": None})})
+def _dumped(source: Source, config: RunConfig, folder: Path, *, num_prompts: int) -> Source:
+    """The source, with every step that it gives out written to a folder."""
+    about = {"method": config.method, "num_prompts": num_prompts}
+    kind = "parquet" if config.log.rollouts == "parquet" else "jsonl"
+    return DumpedSource(source, Dump(folder, about, format=kind, keep=config.log.keep_rollouts))

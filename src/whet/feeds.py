@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,7 @@ from whet.rewards.registry import build_scorer
 from whet.rewards.score import RewardScorer
 from whet.roles import Policy
 from whet.rollout.protocols import EnvFactory, Source
+from whet.rollout.replay import Replay
 from whet.rollout.resampled import ResampledRows
 from whet.rollout.sampling import RolloutSource, sampling_of
 from whet.types import Episode
@@ -131,13 +133,20 @@ class PromptFeed:
             with errors.going_on():
                 self.env = build_env(config.env, tokenizer, config.data.template_kwargs)
                 tools = getattr(self.env, "tools", None)
+            self.replay = None
+            if config.debug.train_only is not None:
+                with errors.going_on():
+                    self.replay = Replay(Path(config.debug.train_only).expanduser())
+                config = self.config = without_training_data(config)
             self.train, self.eval = _read(config, tokenizer, partial(prepare_prompts, tools=tools), errors)
             scorer = None
-            with errors.going_on():
-                scorer = self.scorer = build_scorer(config.reward, run=config)
-                for part in (self.train, self.eval):
-                    if part is not None:
-                        self.scorer.check(part)
+            # What is replayed has its rewards.
+            if config.reward is not None or config.debug.train_only is None:
+                with errors.going_on():
+                    scorer = self.scorer = build_scorer(config.reward, run=config)
+                    for part in (self.train, self.eval):
+                        if part is not None:
+                            self.scorer.check(part)
             self.held_out = read_sets(config, tokenizer, scorer, errors, tools)
             if self.eval is not None and scorer is not None:
                 self.held_out.insert(0, HeldOut(None, self.eval, config.eval, scorer))
@@ -149,6 +158,8 @@ class PromptFeed:
         """A few episodes of the last evaluation."""
 
     def __len__(self) -> int:
+        if self.replay is not None:
+            return self.replay.num_prompts
         return len(self.train) if self.train is not None else 0
 
     @property
@@ -157,6 +168,8 @@ class PromptFeed:
         says at the most."""
         sampled, injected = self.config.rollout.max_tokens, getattr(self.env, "max_injected", 0)
         trained = 0 if self.train is None else self.train.longest_prompt + sampled + injected
+        if self.replay is not None:
+            trained = self.replay.longest
         evaluated = (one.prompts.longest_prompt + (one.settings.max_tokens or sampled) for one in self.held_out)
         return max(trained, *(length + injected for length in evaluated), 0)
 
@@ -166,18 +179,25 @@ class PromptFeed:
         said = ", env.max_output_tokens" if hasattr(self.env, "max_injected") else ""
         return f"lower data.max_prompt_length, rollout.max_tokens{said} or eval.max_tokens"
 
-    def walk(self) -> PromptRows:
-        """The prompts in the order of training, from the beginning."""
+    def walk(self) -> PromptRows | Replay:
+        """The prompts in the order of training, from the beginning, or what was sampled from them before."""
+        if self.replay is not None:
+            return self.replay
+        return self._prompt_rows()
+
+    def _prompt_rows(self) -> PromptRows:
         assert self.train is not None, "there are no prompts to walk over"
         return PromptRows(self.train, seed=self.config.seed, shuffle=self.config.data.shuffle)
 
     def connect(self, policy: Policy) -> Connected:
         """The source that samples from the engine, and the evaluation on held-out prompts."""
+        if self.replay is not None:
+            return self._replayed(policy)
         self.scorer.load(policy.config.backend)
         engine, stops = policy.engine(), policy.stop_token_ids
         config = self.config
         source = RolloutSource(
-            self.walk(),
+            self._prompt_rows(),
             engine,
             self.env,
             self.scorer,
@@ -189,6 +209,14 @@ class PromptFeed:
         )
         run = partial(self.evaluate, policy, engine=engine)
         return Connected(source, run if self.held_out else None, engine)
+
+    def _replayed(self, policy: Policy) -> Connected:
+        """The rollouts of an earlier run; an engine only where something is evaluated."""
+        assert self.replay is not None, "there is nothing to replay"
+        if not self.held_out:
+            return Connected(self.replay, None)
+        engine = self.replay.engine = policy.engine()
+        return Connected(self.replay, partial(self.evaluate, policy, engine=engine), engine)
 
     async def evaluate(
         self, policy: Policy, running: Running | None = None, *, engine: Engine | None = None
@@ -205,6 +233,11 @@ class PromptFeed:
             policy.stop_token_ids,
         )
         return metrics
+
+
+def without_training_data(config: RunConfig) -> RunConfig:
+    """The configuration of those who do not read what is trained on."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"train": None})})
 
 
 def _read(config: RunConfig, tokenizer: PreTrainedTokenizerBase, read: Callable, errors: Gathering):

@@ -88,7 +88,7 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        return self.progress.step >= self.schedule.total_steps or self.progress.stopped_early
+        return self.progress.step >= self.schedule.last_step or self.progress.stopped_early
 
     def request_stop(self) -> None:
         """End after the step that is running, with a checkpoint."""

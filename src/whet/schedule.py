@@ -20,16 +20,22 @@ class Schedule:
     eval_every: int | None
     save_every: int | None
     eval_at_end: bool
+    stop_at: int | None = None
+    """Step after which a run ends although its schedule, and its learning rate, go on: there is nothing to train on."""
+
+    @property
+    def last_step(self) -> int:
+        return self.total_steps if self.stop_at is None else min(self.stop_at, self.total_steps)
 
     @property
     def saves(self) -> bool:
         return self.save_every is not None
 
     def evaluates_after(self, step: int) -> bool:
-        return _falls_on(step, self.eval_every) or (self.eval_at_end and step == self.total_steps)
+        return _falls_on(step, self.eval_every) or (self.eval_at_end and step == self.last_step)
 
     def saves_after(self, step: int) -> bool:
-        return _falls_on(step, self.save_every) or (self.saves and step == self.total_steps)
+        return _falls_on(step, self.save_every) or (self.saves and step == self.last_step)
 
 
 def plan(config: RunConfig, num_units: int, *, rollouts: bool) -> Schedule:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -147,8 +147,10 @@ def _data(found: Examined, positions: int | None) -> None:
         return
     for name, part in found.parts.items():
         judge.part(name, part, method, tokenizer, found.stop_token_ids)
-    if feed.train is not None:
+    if len(feed):
         found.schedule = plan(config, len(feed), rollouts=method.source == "prompts")
+        if isinstance(feed, PromptFeed) and feed.replay is not None:
+            found.schedule = replace(found.schedule, stop_at=len(feed.replay))
         if found.keeper is not None:
             with errors.going_on():
                 found.keeper.check_data(feed.walk())
@@ -156,6 +158,7 @@ def _data(found: Examined, positions: int | None) -> None:
                 logger.warning(
                     "settings are others than %s was trained with: %s", found.keeper.found, "; ".join(changed)
                 )
+    if feed.train is not None and found.schedule is not None:
         units = sizes_of(feed.train, config)
         found.work = work_of(units, found.schedule, config, decoded_length=decoded)
 

@@ -32,6 +32,7 @@ REFERS = ("dpo", "apo", *UNPAIRED, *REINFORCES)
 BELONGS: Mapping[str, tuple[str, ...]] = {
     "reward": (*REINFORCES, *SAMPLES),
     "credit": REINFORCES,
+    "debug": REINFORCES,
     "env": REINFORCES,
     "kl": REINFORCES,
     "rollout": (*REINFORCES, *DISTILLS, *SAMPLES),
@@ -79,7 +80,7 @@ def _method(config: RunConfig) -> Iterator[Problem]:
 
 
 def _trains(config: RunConfig) -> Iterator[Problem]:
-    if config.data.train is None or config.data.train == []:
+    if not config.data.train and config.debug.train_only is None:
         wanted = "of prompts to sample from" if config.method in SAMPLES else "to train on"
         yield _problem("data.train", f"data.train is missing: {config.method} needs a file {wanted}")
 
@@ -99,7 +100,8 @@ def _trains_quantised(config: RunConfig) -> Iterator[Problem]:
 
 
 def _needs(config: RunConfig) -> Iterator[Problem]:
-    if config.method in BELONGS["reward"] and not config.reward:
+    judges = config.debug.train_only is None or config.data.eval is not None or config.eval.sets
+    if config.method in BELONGS["reward"] and judges and not config.reward:
         yield _problem("reward", f"reward is missing: {config.method} needs one, as in reward.use: math")
     if config.method in DISTILLS and config.distill.teacher is None:
         yield _problem("distill.teacher", f"distill.teacher is missing: {config.method} learns from a teacher")
@@ -315,6 +317,39 @@ def _sampling(config: RunConfig) -> Iterator[Problem]:
         yield _problem("rollout.stop", "rollout.stop holds an empty text, which would end every completion; remove it")
 
 
+def _dumps(config: RunConfig) -> Iterator[Problem]:
+    """Rollouts on disk: who writes them, and who reads them."""
+    log, debug = config.log, config.debug
+    if log.rollouts and not _reinforces(config):
+        yield _problem(
+            "log.rollouts",
+            f"log.rollouts is {show(log.rollouts)}, but {config.method} samples no rollouts; remove it",
+        )
+    if log.keep_rollouts is not None and not log.rollouts and not debug.rollout_only:
+        yield _problem(
+            "log.keep_rollouts",
+            f"log.keep_rollouts is {log.keep_rollouts}, but no rollouts are written; set log.rollouts to true",
+        )
+    if debug.train_only is None:
+        return
+    if debug.rollout_only:
+        yield _problem(
+            "debug.rollout_only",
+            "debug.rollout_only is true, but debug.train_only trains on what was sampled before; keep one of the two",
+        )
+    if log.rollouts:
+        yield _problem(
+            "log.rollouts",
+            f"log.rollouts is {show(log.rollouts)}, but with debug.train_only nothing is sampled; remove it",
+        )
+    if config.data.eval_share > 0:
+        yield _problem(
+            "data.eval_share",
+            f"data.eval_share is {config.data.eval_share}, but with debug.train_only the prompts are not read; give "
+            "data.eval or eval.sets, or remove it",
+        )
+
+
 RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _method,
     _needs,
@@ -328,6 +363,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _quantised,
     _schedule,
     _sampling,
+    _dumps,
     evaluation_problems,
     sampling_problems,
 )

@@ -13,7 +13,7 @@ from whet.config.optim import OptimConfig
 from whet.config.roles import DistillConfig, ReferenceConfig
 from whet.config.rollout import EngineConfig, KLConfig, RewardConfig, RolloutConfig
 from whet.config.sample import SampleConfig
-from whet.config.train import CheckpointConfig, LogConfig, TrainConfig
+from whet.config.train import CheckpointConfig, DebugConfig, LogConfig, TrainConfig
 
 
 class LossConfig(Plugin):
@@ -72,3 +72,4 @@ class RunConfig(Config):
     reward: RewardConfig | list[RewardConfig] | None = None
     """Reward function, or several whose weighted sum is the reward."""
     sample: SampleConfig = SampleConfig()
+    debug: DebugConfig = DebugConfig()

@@ -1,4 +1,6 @@
-"""Settings of the loop: how long, how many rows per step, when to save and log."""
+"""Settings of the loop: how long, how many rows per step, when to save, what to log, how to debug."""
+
+from typing import Literal
 
 from pydantic import Field
 
@@ -44,3 +46,20 @@ class LogConfig(Config):
     """Write TensorBoard event files under `output_dir/tensorboard`."""
     progress: bool = True
     """Show a progress bar."""
+    rollouts: Literal[False, True, "jsonl", "parquet"] = False
+    """Reinforcement learning: write what each step sampled to `output_dir/rollouts`, one line per completion with its
+    tokens, logprobs, masks and rewards; true is `jsonl`. Takes about 30 bytes per token, a tenth of that in Parquet,
+    so it is off unless asked for."""
+    keep_rollouts: int | None = Field(default=None, ge=1)
+    """Keep the rollouts of the newest N steps. All are kept when not given."""
+
+
+class DebugConfig(Config):
+    """One half of reinforcement learning without the other."""
+
+    rollout_only: bool = False
+    """Sample, score and write down the rollouts of each step, and train nothing: no optimizer and no reference are
+    loaded. What it writes can be trained on with `train_only`."""
+    train_only: str | None = None
+    """Train on the rollouts in this folder, of a run with `log.rollouts`, and sample nothing: with the same settings
+    the weights become those of that run, to the bit on a CPU. The prompts are not read."""
