@@ -125,6 +125,8 @@ class GroupPlayer:
         Raises EngineError if the engine fails; the other episodes are then cancelled.
         """
         await gather_or_cancel(self._play_to_the_end(episode, ended) for episode in group.members)
+        if any(episode.status == "aborted" for episode in group.members):
+            return
         if group.baseline is not None:
             await self._scorer.score_group([group.baseline])
         await self._scorer.score_group(group.episodes)

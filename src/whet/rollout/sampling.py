@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from whet.config.base import Config
 from whet.config.rollout import RolloutConfig
 from whet.engines.protocol import Engine
-from whet.errors import DataError, EngineError
+from whet.errors import EngineError
+from whet.rollout.collect import Collector
+from whet.rollout.filters import build_filter, build_order, build_sample_filter
 from whet.rollout.group import Group, GroupPlayer, Rollout
+from whet.rollout.journal import RolloutJournal
 from whet.rollout.protocols import EnvFactory, Scorer, StateDict
-from whet.rollout.statistics import rollout_metrics
-from whet.types import Prompt, Sampling, Unit
+from whet.rollout.statistics import age_metrics, rollout_metrics
+from whet.rollout.supply import PromptSource, Supply
+from whet.types import Episode, Prompt, Sample, Sampling, Unit
 
-
-class PromptSource(Protocol):
-    """Where prompts come from; `data.source.PromptRows` is one."""
-
-    async def take(self, n: int) -> list[Prompt]:
-        """The next prompts, at most `n` and at least one."""
-        ...
-
-    def state_dict(self) -> StateDict: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+logger = logging.getLogger(__name__)
 
 
 def sampling_of(config: RolloutConfig, stop_token_ids: Sequence[int] = ()) -> Sampling:
@@ -41,8 +41,15 @@ def sampling_of(config: RolloutConfig, stop_token_ids: Sequence[int] = ()) -> Sa
 class RolloutSource:
     """Samples a group for each prompt and gives it out as a unit. Implements `rollout.protocols.Source`.
 
-    A group's id is `g` and its number since the start of the run, so it is the same after a resume,
-    and so is what it samples: seeds depend on `seed`, the group id and the index only.
+    A group's id is `g` and its number since the start of the run, so it is the same after a resume, and so is what
+    it samples: seeds depend on `seed`, the group id and the index only. What was sampled lies in a journal, from the
+    prompt to the step that consumed it: after a resume, steps that had been sampled already are taken from there, and
+    what was left over goes on. `journal` is its file, in memory if None; `made_with` what samples follow from,
+    setting by setting. `baseline` asks for a greedy episode beside every group. `run` is what users' functions see as
+    the settings.
+
+    Without over-sampling, filter, or sampling ahead, an interrupted step is sampled again as a whole: the engine then
+    decodes the same rows together, and gives the same bits.
     """
 
     def __init__(
@@ -57,16 +64,33 @@ class RolloutSource:
         seed: int,
         stop_token_ids: Sequence[int] = (),
         timeout_s: float = 600.0,
+        journal: Path | None = None,
+        made_with: Mapping[str, str] | None = None,
+        baseline: bool = False,
+        run: Config | None = None,
     ) -> None:
-        self._prompts = prompts
-        self._engine = engine
-        self._scorer = scorer
-        self._group_size = config.group_size
-        sampling = sampling_of(config, stop_token_ids)
-        self._player = GroupPlayer(engine, env, scorer, sampling, tokenizer=tokenizer, seed=seed, timeout_s=timeout_s)
-        self._num_groups = 0
+        self._prompts, self._engine, self._scorer, self._config = prompts, engine, scorer, config
+        self._group_size, self._baseline = config.group_size, baseline
+        self._path, self._made_with = journal, dict(made_with or {})
+        self._player = GroupPlayer(
+            engine,
+            env,
+            scorer,
+            sampling_of(config, stop_token_ids),
+            tokenizer=tokenizer,
+            seed=seed,
+            timeout_s=timeout_s,
+            retries=config.retries,
+        )
+        self._rejects, self._order = build_filter(config.filter, run), build_order(config.buffer, run)
+        self._remove = build_sample_filter(config.sample_filter, run)
+        self._collecting: Collector | None = None
+        self._ahead: asyncio.Task[list[Group]] | None = None
+        self._restored: Mapping[str, Any] | None = None
+        self._step = self._version = self._engine_version = 0
+        self._taken_at = time.monotonic()
         self.rollout: Rollout | None = None
-        """What the last `take` played, failed and aborted episodes included."""
+        """What the last `take` gave out, failed and aborted episodes included."""
         self.stats: dict[str, float] = {}
         """Metrics of the last `take`."""
 
@@ -78,14 +102,21 @@ class RolloutSource:
         Raises DataError without prompts, EngineError if the engine fails or aborts everything, and
         RewardError if no episode got a reward.
         """
-        prompts = await self._next_prompts(n)
-        numbered = [(f"g{self._num_groups + position}", prompt) for position, prompt in enumerate(prompts)]
-        self._num_groups += len(prompts)
-        self.rollout = await self._player.play(numbered, self._group_size)
-        self._scorer.report_failures(self.rollout.episodes)
-        self._scorer.report_uniform(self.rollout.episodes)
-        self.stats = rollout_metrics(self.rollout)
-        units = [unit for group in self.rollout.groups if (unit := to_unit(group)) is not None]
+        collector, step = self._collector(), self._step + 1
+        groups = self._journal.of_step(step, self._begin)
+        if not groups:
+            groups = await self._next(collector, n, step)
+            self._journal.taken(step, groups)
+        self._step = step
+        self.rollout = self._measured(groups)
+        settled, counts = collector.report()
+        self._report(settled)
+        self.stats = rollout_metrics(self.rollout) | {f"rollout/{name}": value for name, value in counts.items()}
+        self.stats |= age_metrics(groups, self._version)
+        if self._config.mode == "one_step_off":
+            self._ahead = asyncio.create_task(collector.collect(n, step + 1))
+        removed = self._remove(groups)
+        units = [unit for group in groups if (unit := self._unit(group, removed)) is not None]
         if not units:
             raise EngineError(
                 f"the engine aborted all {len(self.rollout.episodes)} completions of this step, so nothing can be "
@@ -93,28 +124,166 @@ class RolloutSource:
             )
         return units
 
-    async def publish(self, snapshot: Any) -> None:
-        """Hand new weights to the engine; they are in use when the call returns."""
-        await self._engine.update_weights(snapshot)
+    async def publish(self, snapshot: int) -> None:
+        """The policy has new weights, of this version. They are in use when the call returns; one step off, when what
+        is being sampled ahead is there."""
+        self._version = snapshot
+        if self._config.mode != "one_step_off":
+            await self._update_engine()
+        if self._collecting is not None:
+            await self._collecting.expire(snapshot)
+
+    async def close(self) -> None:
+        """Stop sampling; the journal keeps what is under way."""
+        if self._ahead is not None:
+            self._ahead.cancel()
+            await asyncio.gather(self._ahead, return_exceptions=True)
+        if self._collecting is not None:
+            await self._collecting.stop()
+            self._journal.close()
+            self._collecting = None
 
     def state_dict(self) -> StateDict:
-        return {"prompts": self._prompts.state_dict(), "num_groups": self._num_groups}
+        supply = self._collecting.supply if self._collecting is not None else None
+        if supply is None and self._restored is not None:
+            return dict(self._restored)
+        return {
+            "prompts": self._prompts.state_dict(),
+            "num_groups": supply.num_groups if supply is not None else 0,
+            "step": self._step,
+            "version": self._version,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._prompts.load_state_dict(state["prompts"])
-        self._num_groups = state["num_groups"]
+        self._restored = state
+        self._step, self._version = state["step"], state["version"]
 
-    async def _next_prompts(self, n: int) -> list[Prompt]:
-        prompts: list[Prompt] = []
-        while len(prompts) < n:
-            window = await self._prompts.take(n - len(prompts))
-            if not window:
-                raise DataError("there is no prompt to sample from; look at data.train and data.max_prompt_length")
-            prompts.extend(window)
-        return prompts
+    def checkpointed(self, oldest: int) -> None:
+        """There is no checkpoint before that of step `oldest` any more: nobody will go back behind it."""
+        if self._collecting is not None:
+            self._journal.forget(oldest)
+
+    # --- one step -----------------------------------------------------------------------------------------
+
+    async def _next(self, collector: Collector, n: int, step: int) -> list[Group]:
+        if self._config.mode == "async":
+            await self._update_engine()
+            return await collector.take_ready(n, step, self._version, self._capacity(n))
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            groups = await ahead
+            await self._update_engine()
+            return groups
+        await self._update_engine()
+        return await collector.collect(n, step)
+
+    async def _update_engine(self) -> None:
+        if self._engine_version != self._version:
+            await self._engine.update_weights(self._version)
+            self._engine_version = self._version
+
+    def _capacity(self, n: int) -> int:
+        """Groups in flight and ready: those of this step, and of as many steps ahead as may still be trained."""
+        staleness = self._config.staleness
+        assert staleness is not None, "asynchronous sampling has a bound"
+        return n * (1 + staleness // self._config.updates_per_step)
+
+    def _begin(self, name: str, prompt: Prompt, step: int) -> Group:
+        return self._player.begin(name, prompt, self._group_size, baseline=self._baseline, step=step)
+
+    def _measured(self, groups: Sequence[Group]) -> Rollout:
+        """The groups, with the time since the last step was taken, training left out unless sampling went on."""
+        now = time.monotonic()
+        sampled = max(0.0, self._player.last_end - self._taken_at)
+        taken_at, self._taken_at = self._taken_at, now
+        return Rollout(tuple(groups), generation_s=sampled, total_s=now - taken_at)
+
+    def _report(self, settled: Sequence[Group]) -> None:
+        episodes = [episode for group in settled for episode in group.members]
+        self._scorer.report_failures(episodes)
+        if episodes:
+            assert self.rollout is not None, "there is a rollout to report on"
+            self._scorer.report_uniform(self.rollout.episodes)
+
+    def _unit(self, group: Group, removed: set[tuple[str, int]]) -> Unit | None:
+        """The scored members of a group as a unit, or None if there is none."""
+        before = self._version if self._config.mask_offpolicy else None
+        samples = [
+            _masked(episode, before=before, removed=(group.id, place) in removed)
+            for place, episode in enumerate(group.episodes)
+            if episode.reward is not None
+        ]
+        if group.baseline is None:
+            return Unit(group.id, tuple(samples)) if samples else None
+        if group.baseline.reward is None or not samples:
+            return None
+        return Unit(group.id, tuple(samples), columns={"baseline_rewards": group.baseline.reward})
+
+    # --- going on -----------------------------------------------------------------------------------------
+
+    def _collector(self) -> Collector:
+        """Opens the journal with the first step: before, a run leaves what is on the disk alone."""
+        if self._collecting is None:
+            self._journal = RolloutJournal(self._path)
+            supply = Supply(self._prompts, self._begin, self._order, self._journal)
+            config = self._config
+            plain = config.mode == "sync" and config.filter is None and config.oversampling is None
+            self._collecting = Collector(
+                supply,
+                self._player,
+                self._engine,
+                self._journal,
+                self._rejects,
+                config,
+                replaces=not plain,
+                notes=not plain,
+            )
+            self._go_on(self._collecting, plain)
+            self._taken_at = time.monotonic()
+        return self._collecting
+
+    def _go_on(self, collector: Collector, plain: bool) -> None:
+        """Take up what the journal holds beside the checkpoint; without a checkpoint, begin anew."""
+        journal, supply, state = self._journal, collector.supply, self._restored
+        if state is None:
+            journal.begin(self._made_with)
+            return
+        self._restored = None
+        known, num_groups = journal.settings(), state["num_groups"]
+        supply.num_groups = num_groups
+        if not known or journal.position()[0] < num_groups:
+            if num_groups:
+                logger.warning("%s is not there: groups that were left over are not sampled on", self._path)
+            journal.begin(self._made_with)
+            return
+        if known != self._made_with:
+            names = [name for name in {**known, **self._made_with} if known.get(name) != self._made_with.get(name)]
+            logger.info("samples after step %d are made anew, as %s changed", self._step, ", ".join(names))
+            journal.go_back(self._step, num_groups, self._made_with)
+        else:
+            if plain:
+                journal.restart_unfinished()
+            supply.num_groups, position = journal.position()
+            if position is not None:
+                self._prompts.load_state_dict(position)
+            if (last := journal.last_step()) > self._step:
+                logger.info(
+                    "steps %d to %d were sampled already and are taken from %s", self._step + 1, last, self._path
+                )
+        supply.left = journal.in_state("open", self._begin)
+        collector.ready = journal.in_state("ready", self._begin)
 
 
-def to_unit(group: Group) -> Unit | None:
-    """The scored members of a group as a unit, or None if there is none."""
-    samples = tuple(episode.to_sample() for episode in group.episodes if episode.reward is not None)
-    return Unit(group.id, samples) if samples else None
+def _masked(episode: Episode, *, before: int | None, removed: bool) -> Sample:
+    """The episode as a sample; what earlier policies than `before` sampled, or all of it, is not trained."""
+    sample = episode.to_sample()
+    if removed:
+        return replace(sample, loss_mask=(False,) * len(sample.loss_mask))
+    if before is None:
+        return sample
+    mask = list(sample.loss_mask)
+    for span in episode.versions:
+        if span.version < before:
+            mask[span.start : span.end] = [False] * (span.end - span.start)
+    return replace(sample, loss_mask=tuple(mask))

@@ -42,6 +42,7 @@ class SlimeSample:
     status: Status
     group_index: str
     index: int
+    remove_sample: bool = False
 
     @classmethod
     def of(cls, episode: Episode) -> SlimeSample:

@@ -82,6 +82,21 @@ def speed_metrics(rollout: Rollout) -> dict[str, float]:
     }
 
 
+def age_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
+    """How old the groups of a step are, in optimizer steps of their oldest token, and the share of sampled tokens that
+    an earlier policy than `version` sampled."""
+    ages = [version - group.oldest_version for group in groups if group.oldest_version is not None]
+    spans = [span for group in groups for episode in group.episodes for span in episode.versions]
+    if not ages:
+        return {}
+    old = sum(span.end - span.start for span in spans if span.version < version)
+    return {
+        "rollout/staleness": statistics.fmean(ages),
+        "rollout/staleness_max": max(ages),
+        "rollout/offpolicy_share": old / max(1, sum(span.end - span.start for span in spans)),
+    }
+
+
 def response_length(episode: Episode) -> int:
     return len(episode.tokens) - len(episode.prompt.tokens)
 

@@ -1,0 +1,63 @@
+"""Groups to be sampled: those that are left over first, then new ones of the next prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from whet.errors import DataError
+from whet.rollout.filters import Order
+from whet.rollout.group import Group
+from whet.rollout.journal import RolloutJournal, name_of, number_of
+from whet.rollout.protocols import StateDict
+from whet.types import Prompt
+
+Begin = Callable[[str, Prompt, int], Group]
+"""`(id, prompt, step)`: a group of which nothing is sampled yet."""
+
+
+class PromptSource(Protocol):
+    """Where prompts come from; `data.source.PromptRows` is one."""
+
+    async def take(self, n: int) -> list[Prompt]:
+        """The next prompts, at most `n` and at least one."""
+        ...
+
+    def state_dict(self) -> StateDict: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Supply:
+    """Numbers groups in the order of their prompts, so that a group is the same after a resume.
+
+    `order` chooses among the groups that are left over; every new group is in the journal before it is given out.
+    """
+
+    def __init__(self, prompts: PromptSource, begin: Begin, order: Order, journal: RolloutJournal) -> None:
+        self.prompts, self.begin = prompts, begin
+        self.left: list[Group] = []
+        self.num_groups = 0
+        self._order, self._journal = order, journal
+
+    async def next(self, n: int, step: int) -> list[Group]:
+        """`n` groups for `step`; prompts wrap around as often as needed. Raises DataError without prompts."""
+        groups = self._order(step, self.left, n) if self.left else []
+        prompts: list[Prompt] = []
+        while len(groups) + len(prompts) < n:
+            window = await self.prompts.take(n - len(groups) - len(prompts))
+            if not window:
+                raise DataError("there is no prompt to sample from; look at data.train and data.max_prompt_length")
+            prompts.extend(window)
+        numbered = enumerate(prompts, start=self.num_groups)
+        new = [self.begin(name_of(number), prompt, step) for number, prompt in numbered]
+        if new:
+            self.num_groups += len(new)
+            self._journal.fetched(new, self.prompts.state_dict())
+        return groups + new
+
+    def give_back(self, group: Group) -> None:
+        """Let a group be sampled on, or anew, in the order of the prompts."""
+        self._journal.left(group)
+        self.left.append(group)
+        self.left.sort(key=number_of)
