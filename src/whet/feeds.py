@@ -28,13 +28,17 @@ from whet.held_out import HeldOut, evaluate_sets, read_sets
 from whet.loop import Evaluator
 from whet.methods import Task
 from whet.precompute import computed_once
+from whet.provenance import trained_with
 from whet.rewards.registry import build_scorer
 from whet.rewards.score import RewardScorer
 from whet.roles import Policy
+from whet.rollout.filters import build_choices
+from whet.rollout.journal import FILE
 from whet.rollout.protocols import EnvFactory, Source
 from whet.rollout.replay import Replay
 from whet.rollout.resampled import ResampledRows
 from whet.rollout.sampling import RolloutSource, sampling_of
+from whet.rollout.supply import resolve_source
 from whet.types import Episode
 
 logger = logging.getLogger(__name__)
@@ -139,6 +143,10 @@ class PromptFeed:
                     self.replay = Replay(Path(config.debug.train_only).expanduser())
                 config = self.config = without_training_data(config)
             self.train, self.eval = _read(config, tokenizer, partial(prepare_prompts, tools=tools), errors)
+            with errors.going_on():
+                self.choices = build_choices(config.rollout, config)
+            with errors.going_on():
+                self._source = resolve_source(config.rollout.source)
             scorer = None
             # What is replayed has its rewards.
             if config.reward is not None or config.debug.train_only is None:
@@ -194,20 +202,27 @@ class PromptFeed:
         if self.replay is not None:
             return self._replayed(policy)
         self.scorer.load(policy.config.backend)
-        engine, stops = policy.engine(), policy.stop_token_ids
         config = self.config
+        # While one step trains, another is sampled: from weights of its own, which stand still.
+        ahead = config.rollout.mode != "sync"
+        engine = policy.engine(own_weights=ahead)
+        assert self.train is not None, "there are no prompts to sample from"
         source = RolloutSource(
-            self._prompt_rows(),
+            self._source(self._prompt_rows()),
             engine,
             self.env,
             self.scorer,
             config.rollout,
             tokenizer=self.tokenizer,
             seed=config.seed,
-            stop_token_ids=stops,
+            stop_token_ids=policy.stop_token_ids,
             timeout_s=config.engine.timeout_s,
+            journal=Path(config.output_dir).absolute() / FILE,
+            made_with=trained_with(config, self.train.prompts),
+            baseline=any("baseline_rewards" in stage.rule.reads for stage in policy.method.credit),
+            choices=self.choices,
         )
-        run = partial(self.evaluate, policy, engine=engine)
+        run = partial(self.evaluate, policy, engine=policy.engine() if ahead else engine)
         return Connected(source, run if self.held_out else None, engine)
 
     def _replayed(self, policy: Policy) -> Connected:

@@ -55,6 +55,8 @@ class Keeper:
         written = write(self.root, progress.step, fill)
         protected = [self.folder(progress.best_step)] if self.config.checkpoint.best else []
         prune(self.root, self.config.checkpoint.keep, protect=protected)
+        if (checkpointed := getattr(loop.source, "checkpointed", None)) is not None:
+            checkpointed()
         return written
 
     @property

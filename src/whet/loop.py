@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import statistics
@@ -22,6 +23,7 @@ from whet.methods import Method
 from whet.rollout.protocols import Source
 from whet.schedule import Schedule
 from whet.tally import reduction, weight_keys
+from whet.types import Unit
 
 logger = logging.getLogger(__name__)
 
@@ -97,28 +99,36 @@ class Loop:
     async def run(self, log: RunLog) -> Progress:
         """Train to the end of the schedule, an early stop, or a requested one, and log what is measured."""
         self.log = log
-        if self.config.eval.at_start and self.progress.step == 0:
-            self.progress.best = None  # a run that goes on from here was measured before, and is again
-            if await self._evaluate() and self.saver and self.config.checkpoint.best:
-                self.saver.save(self, best=True)  # or there would be nothing to end with, were it never better
-        elif self.config.eval.metric and self.evaluate is not None:
-            # To learn at the end that there is no such metric would be late.
-            self._metric(await self.evaluate(self.progress.running))
-        while not self.finished and not self._stop_requested:
-            metrics = await self.train_step()
-            step = self.progress.step
-            self.log.log(step, metrics)
-            try:
-                improved = self.schedule.evaluates_after(step) and await self._evaluate()
-                for callback in self.callbacks:
-                    callback(self)
-            except Exception:
-                if self.saver:  # what was trained is whole; it must not go with what came after
-                    self.saver.save(self, best=False)
-                raise
-            if self.saver and self._saves_now(improved):
-                self.saver.save(self, best=improved)
+        try:
+            if self.config.eval.at_start and self.progress.step == 0:
+                self.progress.best = None  # a run that goes on from here was measured before, and is again
+                if await self._evaluate() and self.saver and self.config.checkpoint.best:
+                    self.saver.save(self, best=True)  # or there would be nothing to end with, were it never better
+            elif self.config.eval.metric and self.evaluate is not None:
+                # To learn at the end that there is no such metric would be late.
+                self._metric(await self.evaluate(self.progress.running))
+            while not self.finished and not self._stop_requested:
+                await self._turn()
+        finally:
+            if (close := getattr(self.source, "close", None)) is not None:
+                await close()
         return self.progress
+
+    async def _turn(self) -> None:
+        """One step, and what is due after it."""
+        metrics = await self.train_step()
+        step = self.progress.step
+        self.log.log(step, metrics)
+        try:
+            improved = self.schedule.evaluates_after(step) and await self._evaluate()
+            for callback in self.callbacks:
+                callback(self)
+        except Exception:
+            if self.saver:  # what was trained is whole; it must not go with what came after
+                self.saver.save(self, best=False)
+            raise
+        if self.saver and self._saves_now(improved):
+            self.saver.save(self, best=improved)
 
     def _saves_now(self, improved: bool) -> bool:
         if self._stop_requested and not self.finished:
@@ -132,8 +142,8 @@ class Loop:
         started = time.perf_counter()
         units = await self.source.take(self.schedule.units_per_step)
         taken = time.perf_counter()
-        batch = self.prepare(collate(units, share_prefixes=shares_prefixes(self.policy)))
-        metrics = self._update(batch)
+        # Sampling ahead goes on in this thread while another trains.
+        batch, metrics = await asyncio.to_thread(self._learn, units) if self._overlaps else self._learn(units)
         self.progress.step += 1
         self.progress.num_tokens += batch.num_tokens
         await self.source.publish(self.progress.optimizer_steps)
@@ -150,6 +160,15 @@ class Loop:
             "perf/wait_ratio": (taken - started) / (ended - started),
             "perf/step_s": ended - started,
         }
+
+    @property
+    def _overlaps(self) -> bool:
+        """Whether the next steps are sampled while this one is trained."""
+        return self.method.source == "prompts" and self.config.rollout.mode != "sync"
+
+    def _learn(self, units: Sequence[Unit]) -> tuple[Batch, dict[str, float]]:
+        batch = self.prepare(collate(units, share_prefixes=shares_prefixes(self.policy)))
+        return batch, self._update(batch)
 
     def prepare(self, batch: Batch) -> Batch:
         """Annotations and credit, as the method says."""

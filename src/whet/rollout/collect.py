@@ -69,7 +69,7 @@ class Collector:
                         raise self._exhausted(n, fetches * fetch)
                     self._submit(await self.supply.next(fetch, step))
                     fetches += 1
-                    self.counts["num_fetches"] += 1
+                    self.counts["num_fetches"] += self._replaces  # without replacements there is one
                 await self._change()
         except BaseException:
             await self.stop()
@@ -116,7 +116,7 @@ class Collector:
 
     def report(self) -> tuple[list[Group], dict[str, float]]:
         """The groups that have been completed since the last report, and counts `dropped/<reason>`, `num_fetches`, …"""
-        settled, counts = self.settled, {f"dropped/{reason}": n for reason, n in self.rejected.items()} | self.counts
+        settled, counts = self.settled, {f"dropped/{reason}": n for reason, n in self.rejected.items()} | +self.counts
         self.settled, self.counts, self.rejected = [], Counter(), Counter()
         return settled, counts
 
@@ -217,7 +217,7 @@ class Collector:
     def _exhausted(self, n: int, asked: int) -> EngineError:
         told = ", ".join(f"{count} {reason}" for reason, count in self.rejected.most_common())
         return EngineError(
-            f"only {len(self.ready)} of the {n} groups of a step were kept of {asked} prompts, and these were rejected: "
+            f"only {len(self.ready)} of the {n} groups of a step were kept of {asked} prompts; rejected: "
             f"{told or 'none'}. Look at the rewards and at rollout.filter; raise rollout.max_fetches "
             f"({self._config.max_fetches}) if so many rejections are expected"
         )

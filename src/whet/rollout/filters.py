@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from whet.config.base import Config, Plugin
 from whet.config.plugin import options_of, resolve, validated_options
+from whet.config.rollout import RolloutConfig
 from whet.errors import RewardError
 from whet.rollout.group import Group
 from whet.rollout.slime import SlimeArgs, SlimeSample
@@ -28,6 +30,24 @@ Order = Callable[[int, list[Group], int], list[Group]]
 """`(step, groups, n)`: which of the left-over groups go on now, at most `n`; they are taken out of the list."""
 SampleFilter = Callable[[Sequence[Group]], set[tuple[str, int]]]
 """The samples, as (group id, place in the group), that are not to be trained."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The three of a run."""
+
+    rejects: Filter
+    order: Order
+    remove: SampleFilter
+
+
+def build_choices(rollout: RolloutConfig, run: Config | None = None) -> Choices:
+    """What chooses in this run. `run` is what users' functions see as the settings. Raises ConfigError."""
+    return Choices(
+        _build_filter(rollout.filter, run),
+        _build_order(rollout.buffer, run),
+        _build_sample_filter(rollout.sample_filter, run),
+    )
 
 
 def nonzero_std(args: Any, samples: Sequence[SlimeSample], **options: Any) -> bool:
@@ -46,7 +66,7 @@ FILTERS: dict[str, Any] = {"nonzero_std": nonzero_std}
 ORDERS: dict[str, Any] = {"pop_first": pop_first}
 
 
-def build_filter(plugin: Plugin | None, run: Config | None = None) -> Filter:
+def _build_filter(plugin: Plugin | None, run: Config | None) -> Filter:
     """What rejects complete groups: those without any reward, and those that the function says no to.
 
     The function is called with the scored samples; it returns a truth value, or an object with `keep` and `reason`.
@@ -68,7 +88,7 @@ def build_filter(plugin: Plugin | None, run: Config | None = None) -> Filter:
     return judge
 
 
-def build_order(plugin: Plugin | None, run: Config | None = None) -> Order:
+def _build_order(plugin: Plugin | None, run: Config | None) -> Order:
     """What chooses among left-over groups. Raises ConfigError for an unknown one."""
     function, args = _function(plugin or Plugin(use="pop_first"), ORDERS, "buffer", run)
     name = f"rollout.buffer {plugin.use if plugin else 'pop_first'!r}"
@@ -90,7 +110,7 @@ def build_order(plugin: Plugin | None, run: Config | None = None) -> Order:
     return choose
 
 
-def build_sample_filter(plugin: Plugin | None, run: Config | None = None) -> SampleFilter:
+def _build_sample_filter(plugin: Plugin | None, run: Config | None) -> SampleFilter:
     """What marks samples that are not to be trained. Raises ConfigError for an unknown one."""
     if plugin is None:
         return lambda groups: set()

@@ -146,6 +146,12 @@ class RolloutJournal:
         with self._told():
             return self._file.execute("SELECT max(step) FROM groups").fetchone()[0] or 0
 
+    def last_forgotten(self) -> int:
+        """The last step whose groups are only listed any more; 0 if there is none."""
+        query = "SELECT max(step) FROM groups WHERE state = 'taken' AND number NOT IN (SELECT number FROM episodes)"
+        with self._told():
+            return self._file.execute(query).fetchone()[0] or 0
+
     def of_step(self, step: int, make: Any) -> list[Group]:
         """The groups that a step consumed, in their order; none if it has not come to that step."""
         return self._groups("state = 'taken' AND step = ? ORDER BY place", (step,), make)

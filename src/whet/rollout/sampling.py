@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from whet.config.base import Config
 from whet.config.rollout import RolloutConfig
 from whet.engines.protocol import Engine
 from whet.errors import EngineError
 from whet.rollout.collect import Collector
-from whet.rollout.filters import build_filter, build_order, build_sample_filter
+from whet.rollout.filters import Choices, build_choices
 from whet.rollout.group import Group, GroupPlayer, Rollout
 from whet.rollout.journal import RolloutJournal
 from whet.rollout.protocols import EnvFactory, Scorer, StateDict
@@ -45,8 +44,8 @@ class RolloutSource:
     it samples: seeds depend on `seed`, the group id and the index only. What was sampled lies in a journal, from the
     prompt to the step that consumed it: after a resume, steps that had been sampled already are taken from there, and
     what was left over goes on. `journal` is its file, in memory if None; `made_with` what samples follow from,
-    setting by setting. `baseline` asks for a greedy episode beside every group. `run` is what users' functions see as
-    the settings.
+    setting by setting. `choices` are the filters of the run, made of `config` if not given. `baseline` asks for a
+    greedy episode beside every group.
 
     Without over-sampling, filter, or sampling ahead, an interrupted step is sampled again as a whole: the engine then
     decodes the same rows together, and gives the same bits.
@@ -67,7 +66,7 @@ class RolloutSource:
         journal: Path | None = None,
         made_with: Mapping[str, str] | None = None,
         baseline: bool = False,
-        run: Config | None = None,
+        choices: Choices | None = None,
     ) -> None:
         self._prompts, self._engine, self._scorer, self._config = prompts, engine, scorer, config
         self._group_size, self._baseline = config.group_size, baseline
@@ -82,13 +81,12 @@ class RolloutSource:
             timeout_s=timeout_s,
             retries=config.retries,
         )
-        self._rejects, self._order = build_filter(config.filter, run), build_order(config.buffer, run)
-        self._remove = build_sample_filter(config.sample_filter, run)
+        self._choices = choices or build_choices(config)
         self._collecting: Collector | None = None
         self._ahead: asyncio.Task[list[Group]] | None = None
         self._restored: Mapping[str, Any] | None = None
         self._step = self._version = self._engine_version = 0
-        self._taken_at = time.monotonic()
+        self._started = time.monotonic()
         self.rollout: Rollout | None = None
         """What the last `take` gave out, failed and aborted episodes included."""
         self.stats: dict[str, float] = {}
@@ -103,6 +101,8 @@ class RolloutSource:
         RewardError if no episode got a reward.
         """
         collector, step = self._collector(), self._step + 1
+        if self._config.mode == "sync":  # in other modes sampling went on since the last step
+            self._started = time.monotonic()
         groups = self._journal.of_step(step, self._begin)
         if not groups:
             groups = await self._next(collector, n, step)
@@ -115,7 +115,7 @@ class RolloutSource:
         self.stats |= age_metrics(groups, self._version)
         if self._config.mode == "one_step_off":
             self._ahead = asyncio.create_task(collector.collect(n, step + 1))
-        removed = self._remove(groups)
+        removed = self._choices.remove(groups)
         units = [unit for group in groups if (unit := self._unit(group, removed)) is not None]
         if not units:
             raise EngineError(
@@ -138,7 +138,9 @@ class RolloutSource:
         if self._ahead is not None:
             self._ahead.cancel()
             await asyncio.gather(self._ahead, return_exceptions=True)
+            self._ahead = None
         if self._collecting is not None:
+            self._restored = self.state_dict()
             await self._collecting.stop()
             self._journal.close()
             self._collecting = None
@@ -159,10 +161,10 @@ class RolloutSource:
         self._restored = state
         self._step, self._version = state["step"], state["version"]
 
-    def checkpointed(self, oldest: int) -> None:
-        """There is no checkpoint before that of step `oldest` any more: nobody will go back behind it."""
+    def checkpointed(self) -> None:
+        """What has been consumed so far is in a checkpoint. Who goes back further samples anew."""
         if self._collecting is not None:
-            self._journal.forget(oldest)
+            self._journal.forget(self._step)
 
     # --- one step -----------------------------------------------------------------------------------------
 
@@ -193,11 +195,10 @@ class RolloutSource:
         return self._player.begin(name, prompt, self._group_size, baseline=self._baseline, step=step)
 
     def _measured(self, groups: Sequence[Group]) -> Rollout:
-        """The groups, with the time since the last step was taken, training left out unless sampling went on."""
-        now = time.monotonic()
-        sampled = max(0.0, self._player.last_end - self._taken_at)
-        taken_at, self._taken_at = self._taken_at, now
-        return Rollout(tuple(groups), generation_s=sampled, total_s=now - taken_at)
+        """The groups, with the time that it took to have them."""
+        started, self._started = self._started, time.monotonic()
+        sampled = max(0.0, self._player.last_end - started)
+        return Rollout(tuple(groups), generation_s=sampled, total_s=self._started - started)
 
     def _report(self, settled: Sequence[Group]) -> None:
         episodes = [episode for group in settled for episode in group.members]
@@ -226,7 +227,7 @@ class RolloutSource:
         """Opens the journal with the first step: before, a run leaves what is on the disk alone."""
         if self._collecting is None:
             self._journal = RolloutJournal(self._path)
-            supply = Supply(self._prompts, self._begin, self._order, self._journal)
+            supply = Supply(self._prompts, self._begin, self._choices.order, self._journal)
             config = self._config
             plain = config.mode == "sync" and config.filter is None and config.oversampling is None
             self._collecting = Collector(
@@ -234,13 +235,13 @@ class RolloutSource:
                 self._player,
                 self._engine,
                 self._journal,
-                self._rejects,
+                self._choices.rejects,
                 config,
                 replaces=not plain,
                 notes=not plain,
             )
             self._go_on(self._collecting, plain)
-            self._taken_at = time.monotonic()
+            self._started = time.monotonic()
         return self._collecting
 
     def _go_on(self, collector: Collector, plain: bool) -> None:
@@ -257,9 +258,10 @@ class RolloutSource:
                 logger.warning("%s is not there: groups that were left over are not sampled on", self._path)
             journal.begin(self._made_with)
             return
-        if known != self._made_with:
-            names = [name for name in {**known, **self._made_with} if known.get(name) != self._made_with.get(name)]
-            logger.info("samples after step %d are made anew, as %s changed", self._step, ", ".join(names))
+        names = [name for name in {**known, **self._made_with} if known.get(name) != self._made_with.get(name)]
+        if names or journal.last_forgotten() > self._step:
+            why = f"{', '.join(names)} changed" if names else "a later checkpoint was passed over"
+            logger.info("samples after step %d are made anew, as %s", self._step, why)
             journal.go_back(self._step, num_groups, self._made_with)
         else:
             if plain:

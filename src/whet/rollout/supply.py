@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from whet.errors import DataError
+from whet.config.base import Plugin
+from whet.config.plugin import resolve, validated_options
+from whet.errors import ConfigError, DataError
 from whet.rollout.filters import Order
 from whet.rollout.group import Group
 from whet.rollout.journal import RolloutJournal, name_of, number_of
@@ -26,6 +28,26 @@ class PromptSource(Protocol):
     def state_dict(self) -> StateDict: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def resolve_source(plugin: Plugin | None) -> Callable[..., PromptSource]:
+    """What makes the run's source of prompts of the shuffled rows. Raises ConfigError for an unknown one."""
+    if plugin is None:
+        return lambda rows: rows
+    made: Any = resolve(plugin.use, {}, what="source of prompts", where="rollout.source.use")
+    options = validated_options(made, plugin.options, where="rollout.source")
+
+    def make(rows: PromptSource) -> PromptSource:
+        source = made(rows, **options)
+        missing = [name for name in ("take", "state_dict", "load_state_dict") if not hasattr(source, name)]
+        if missing:
+            raise ConfigError(
+                f"rollout.source.use is {plugin.use!r}, which has no {' and no '.join(missing)}; a source of prompts "
+                "has take(n), state_dict() and load_state_dict(state)"
+            )
+        return source
+
+    return make
 
 
 class Supply:

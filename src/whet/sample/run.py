@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import os
@@ -18,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from whet.check.examine import examine
 from whet.checkpoints.disk import writing
 from whet.checkpoints.folder import RUN_FILE, check_folder, claimed
-from whet.checkpoints.save import checksum
 from whet.config.loader import dump
 from whet.config.run import RunConfig
 from whet.data.rows import parse_sources
@@ -26,6 +24,7 @@ from whet.errors import ConfigError, DataError
 from whet.feeds import PromptFeed
 from whet.log import Meter
 from whet.methods import SAMPLE
+from whet.provenance import sampled_with
 from whet.roles import load_policy
 from whet.rollout.group import GroupPlayer
 from whet.rollout.sampling import sampling_of
@@ -40,8 +39,6 @@ from whet.types import Prompt
 logger = logging.getLogger(__name__)
 
 ROWS_FILE, REPORT_FILE, PICTURE_FILE = "rows.jsonl", "report.json", "scores.png"
-NOT_ASKED = {"timeout_s", "request_timeout_s", "retries", "max_concurrent", "api_key_env", "optimizer_steps"}
-"""Settings that decide how long something may take, not what comes out: they may change while a run goes on."""
 
 
 @dataclass
@@ -171,7 +168,7 @@ def compose_sampling(config: RunConfig) -> SampleRun:
     found.errors.refuse()
     feed, tokenizer = found.feed, found.tokenizer
     assert isinstance(feed, PromptFeed) and feed.train and tokenizer, "what is missing has been refused"
-    return SampleRun(config, feed, tokenizer, output, made_with(config, feed.train.prompts), then)
+    return SampleRun(config, feed, tokenizer, output, sampled_with(config, feed.train.prompts), then)
 
 
 def check_output(output: Path, config: RunConfig) -> None:
@@ -190,20 +187,6 @@ def check_output(output: Path, config: RunConfig) -> None:
     sources = parse_sources(config.data.train)
     if any(source.extension and Path(source.path).resolve() == output.resolve() for source in sources):
         raise ConfigError(f"sample.output is {str(output)!r}, the file of the prompts; choose another")
-
-
-def made_with(config: RunConfig, prompts: Sequence[Prompt]) -> dict[str, str]:
-    """What the completions and their scores follow from, setting by setting: the journal holds to it."""
-    written = config.model_dump(mode="json")
-    parts = {name: written[name] for name in ("seed", "model", "rollout", "reward")}
-    parts |= {"engine": {"use": config.engine.use}, "backend": {"precision": config.backend.precision}}
-    found = {name: json.dumps(value, ensure_ascii=False) for name, value in _flat(parts)}
-    rewards = config.reward if isinstance(config.reward, list) else [config.reward]
-    scored_by = [one.options["path"] for one in rewards if one is not None and one.use == "model"]
-    models = {"model.path": config.model.path, **{f"reward.path {path}": path for path in scored_by}}
-    folders = {name: path for name, path in models.items() if Path(path).expanduser().is_dir()}
-    contents = {f"files of {name}": _content(path) for name, path in folders.items()}
-    return {**found, **contents, "prompts": _digest(prompts)}
 
 
 def write_lines(path: Path, lines: Iterator[str] | Sequence[str]) -> None:
@@ -232,31 +215,3 @@ def draw(tally: Tally, path: Path) -> None:
     with writing(path):
         draw_scores(tally.scores, tally.best, tally.config.threshold, scratch, title="Scores")
         scratch.replace(path)
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings within a value by their dotted names."""
-    if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, inner in pairs:
-            if key not in NOT_ASKED:
-                yield from _flat(inner, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, value
-
-
-def _content(folder: str) -> str:
-    """A hash of the files of a model."""
-    kinds = (".safetensors", ".json", ".bin", ".jinja", ".model")
-    files = sorted(path for path in Path(folder).expanduser().iterdir() if path.suffix in kinds)
-    listed = [(path.name, checksum(path)) for path in files if path.is_file()]
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
-
-
-def _digest(prompts: Sequence[Prompt]) -> str:
-    """Number and content of the prompts, what rewards read of them included."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        told = [prompt.id, list(prompt.tokens), prompt.content, prompt.label, dict(prompt.metadata)]
-        digest.update(json.dumps(told, default=str).encode() + b"\n")
-    return f"{len(prompts)} prompts, {digest.hexdigest()[:16]}"
