@@ -13,6 +13,7 @@ from torch import Tensor
 from whet.batch import Batch, collate
 from whet.losses.base import Output
 from whet.losses.transport import aot_partners
+from whet.tensor.kl import KLType, kl_estimate
 from whet.types import Sample, Unit
 
 Running = MutableMapping[str, list[float]]
@@ -182,3 +183,17 @@ class AotPartners:
     def __call__(self, batch: Batch, models: Mapping[str, Model], running: Running) -> Batch:
         logprobs = models["policy"].forward(batch, {"logprobs"})["logprobs"]
         return batch.with_columns(**aot_partners(logprobs, batch, ld_alpha=self.ld_alpha))
+
+
+@dataclass(frozen=True)
+class KLPenalty:
+    """Writes `kl_penalties`: `coef` times the estimated divergence from the reference, of `old_logprobs`."""
+
+    coef: float
+    type: KLType
+    roles: frozenset[str] = frozenset()
+    writes: frozenset[str] = frozenset({"kl_penalties"})
+
+    def __call__(self, batch: Batch, models: Mapping[str, Model], running: Running) -> Batch:
+        penalties = self.coef * kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], self.type)
+        return batch.with_columns(kl_penalties=torch.where(batch.loss_mask, penalties, 0.0))

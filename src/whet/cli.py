@@ -29,7 +29,10 @@ whet sharpens language models after pre-training.
       dpo simpo cpo cpo-simpo orpo apo        preference optimisation, on pairs
       kto bco                                 preference optimisation, on labelled completions
       gkd distill                             distillation from a teacher
-      grpo                                    reinforcement learning on prompts with a reward
+      grpo dr-grpo dapo gspo cispo sapo rloo  reinforcement learning on prompts with a reward
+      reinforce++ reinforce++-baseline remax  the same, with other ways of giving credit
+      ppo                                     the same, with a critic
+      opd                                     a teacher in place of a reward
   whet sample CONFIG.yaml [--then TRAIN.yaml] rejection sampling: the best of several answers become rows
   whet eval CONFIG.yaml [--section.key value] evaluate a model on held-out data
   whet chat MODEL                             talk to a model
@@ -320,7 +323,9 @@ def _method_help(method: str) -> int:
 
 
 METHODS = (
-    *("sft", "reward", "dpo", "simpo", "cpo", "cpo-simpo", "orpo", "apo", "kto", "bco", "gkd", "distill", "grpo"),
+    *("sft", "reward", "dpo", "simpo", "cpo", "cpo-simpo", "orpo", "apo", "kto", "bco", "gkd", "distill"),
+    *("grpo", "dr-grpo", "dapo", "rloo", "reinforce++", "reinforce++-baseline", "remax", "gspo", "cispo", "sapo"),
+    *("ppo", "opd"),
 )
 """Methods that train; written out, so that help needs no import."""
 

@@ -26,6 +26,8 @@ def _table(*columns: Column) -> dict[str, Column]:
 
 COLUMNS: dict[str, Column] = _table(
     Column("rewards", "sequence", "float32", "the reward function's number for a sequence", "source: rollouts"),
+    Column("baseline_rewards", "unit", "float32", "the reward of the greedy completion", "source: rollouts"),
+    Column("truncated", "sequence", "float32", "1 where a completion was cut off at its longest", "source: rollouts"),
     Column("labels", "sequence", "float32", "1 chosen or desirable, 0 rejected or undesirable", "source: rows"),
     Column("margins", "unit", "float32", "by how much chosen should be ahead of rejected", "source: rows"),
     Column("sampler_logprobs", "token", "float32", "logprob under the engine that sampled", "source: rollouts"),
@@ -41,6 +43,7 @@ COLUMNS: dict[str, Column] = _table(
     Column("aot_rejected", "unit", "float32", "the rejected log-ratio that the chosen one is matched with", "annotate"),
     Column("aot_chosen", "unit", "float32", "the chosen log-ratio that the rejected one is matched with", "annotate"),
     Column("values", "token", "float32", "the critic's value before this update", "annotate"),
+    Column("kl_penalties", "token", "float32", "what the KL penalty takes from the reward of a token", "annotate"),
     Column("scores", "sequence", "float32", "a reward model's score", "annotate"),
     Column("advantages", "token", "float32", "how much better than expected, per token", "credit"),
     Column("returns", "token", "float32", "what the critic should have said", "credit"),

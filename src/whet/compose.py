@@ -76,6 +76,8 @@ class Run:
 
     def _export(self, folder: Path) -> None:
         self.policy.backend.export_weights(folder)
+        for role in self.policy.method.trains[1:]:
+            self.policy.backends[role].export_weights(folder / role)
         settings = (self.keeper.root / RUN_FILE).read_text(encoding="utf-8")  # what it was trained with
         run = yaml.safe_load(settings)
         known = {"base_model": run["model"]["path"], "method": run["method"], "settings": settings}
@@ -105,7 +107,8 @@ def compose(config: RunConfig, method: Method | None = None) -> Run:
     if config.log.rollouts or not trains:
         source = _dumped(source, config, keeper.root / FOLDER, num_prompts=len(feed))
     if trains:
-        loop = Loop(config, method, source, policy.backends, schedule, evaluate=connected.evaluate, saver=keeper)
+        beside = {"evaluate": connected.evaluate, "saver": keeper, "mix": connected.mix}
+        loop = Loop(config, method, source, policy.backends, schedule, **beside)
     else:
         loop = SamplingLoop(config, method, source, policy.backends, schedule)
     if keeper.found:

@@ -15,9 +15,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from whet.annotate import Running
+from whet.config.algorithm_rules import credits_of
 from whet.config.run import RunConfig
 from whet.data import cache
 from whet.data.prepare import prepare
+from whet.data.prepared import Prepared
 from whet.data.prompts import prepare_prompts
 from whet.data.source import PromptRows, RowSource
 from whet.engines.protocol import Engine
@@ -27,10 +29,12 @@ from whet.evaluate import ROWS_PER_BATCH, evaluate_rows
 from whet.held_out import HeldOut, evaluate_sets, read_sets
 from whet.loop import Evaluator
 from whet.methods import Task
+from whet.mix import Mix
 from whet.precompute import computed_once
 from whet.provenance import trained_with
 from whet.rewards.registry import build_scorer
 from whet.rewards.score import RewardScorer
+from whet.rewards.unjudged import Unjudged
 from whet.roles import Policy
 from whet.rollout.filters import build_choices
 from whet.rollout.journal import FILE
@@ -52,6 +56,7 @@ class Connected:
     source: Source
     evaluate: Evaluator | None
     engine: Engine | None = None
+    mix: Mix | None = None
 
 
 class RowFeed:
@@ -127,7 +132,7 @@ class RowFeed:
 class PromptFeed:
     """Prompts, what is made of them, and how it is judged, for the on-line methods."""
 
-    scorer: RewardScorer
+    scorer: RewardScorer | Unjudged
     env: EnvFactory
 
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, errors: Gathering | None = None):
@@ -143,6 +148,7 @@ class PromptFeed:
                     self.replay = Replay(Path(config.debug.train_only).expanduser())
                 config = self.config = without_training_data(config)
             self.train, self.eval = _read(config, tokenizer, partial(prepare_prompts, tools=tools), errors)
+            self.mixed = _read_mix(config, tokenizer, errors)
             with errors.going_on():
                 self.choices = build_choices(config.rollout, config)
             with errors.going_on():
@@ -151,7 +157,9 @@ class PromptFeed:
             # What is replayed has its rewards.
             if config.reward is not None or config.debug.train_only is None:
                 with errors.going_on():
-                    scorer = self.scorer = build_scorer(config.reward, run=config)
+                    # Only where a teacher gives all the credit there may be no reward: the rules see to it.
+                    opd_alone = config.reward is None and credits_of(config) == ("opd",)
+                    scorer = self.scorer = Unjudged() if opd_alone else build_scorer(config.reward, run=config)
                     for part in (self.train, self.eval):
                         if part is not None:
                             self.scorer.check(part)
@@ -173,13 +181,14 @@ class PromptFeed:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence that the model may see: a prompt, what is sampled, and what the environment
-        says at the most."""
+        says at the most; or a row of the mixture."""
         sampled, injected = self.config.rollout.max_tokens, getattr(self.env, "max_injected", 0)
         trained = 0 if self.train is None else self.train.longest_prompt + sampled + injected
         if self.replay is not None:
             trained = self.replay.longest
         evaluated = (one.prompts.longest_prompt + (one.settings.max_tokens or sampled) for one in self.held_out)
-        return max(trained, *(length + injected for length in evaluated), 0)
+        rows = self.mixed.longest_sample if self.mixed is not None else 0
+        return max(trained, rows, *(length + injected for length in evaluated))
 
     @property
     def remedy(self) -> str:
@@ -223,15 +232,20 @@ class PromptFeed:
             choices=self.choices,
         )
         run = partial(self.evaluate, policy, engine=policy.engine() if ahead else engine)
-        return Connected(source, run if self.held_out else None, engine)
+        return Connected(source, run if self.held_out else None, engine, self._mix())
 
     def _replayed(self, policy: Policy) -> Connected:
         """The rollouts of an earlier run; an engine only where something is evaluated."""
         assert self.replay is not None, "there is nothing to replay"
         if not self.held_out:
-            return Connected(self.replay, None)
+            return Connected(self.replay, None, mix=self._mix())
         engine = self.replay.engine = policy.engine()
-        return Connected(self.replay, partial(self.evaluate, policy, engine=engine), engine)
+        return Connected(self.replay, partial(self.evaluate, policy, engine=engine), engine, self._mix())
+
+    def _mix(self) -> Mix | None:
+        if self.mixed is None:
+            return None
+        return Mix(RowSource(self.mixed, seed=self.config.seed, shuffle=self.config.data.shuffle), self.config.mix)
 
     async def evaluate(
         self, policy: Policy, running: Running | None = None, *, engine: Engine | None = None
@@ -253,6 +267,18 @@ class PromptFeed:
 def without_training_data(config: RunConfig) -> RunConfig:
     """The configuration of those who do not read what is trained on."""
     return config.model_copy(update={"data": config.data.model_copy(update={"train": None})})
+
+
+def _read_mix(config: RunConfig, tokenizer: PreTrainedTokenizerBase, errors: Gathering) -> Prepared | None:
+    """The rows of the mixture, rendered as those of sft would be; None where there are none."""
+    if config.mix.data is None:
+        return None
+    data = config.data.model_copy(update={"max_length": config.mix.max_length})
+    found = None
+    with errors.going_on():
+        found = prepare(data, config.mix.data, tokenizer, what="mix", errors=errors, task="sft")
+        logger.info("mixed data: %s", found.report)
+    return found
 
 
 def _read(config: RunConfig, tokenizer: PreTrainedTokenizerBase, read: Callable, errors: Gathering):

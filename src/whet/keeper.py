@@ -46,10 +46,14 @@ class Keeper:
 
         def fill(folder: Path) -> None:
             loop.policy.save(folder)
+            for role in loop.method.trains[1:]:
+                loop.backends[role].save(folder / role)
             if self._moves_reference:
                 loop.backends["reference"].save(folder / REFERENCE_FOLDER)
             save_rng(folder)
             state = {"method": self.config.method, "progress": asdict(progress), "source": loop.source.state_dict()}
+            if loop.mix is not None:
+                state["mix"] = loop.mix.state_dict()
             write_json(state, folder / STATE_FILE)
 
         written = write(self.root, progress.step, fill)
@@ -71,9 +75,17 @@ class Keeper:
         assert self.found is not None, "there is nothing to restore"
         state = read_json(self.found / STATE_FILE)
         loop.policy.load(self.found)
+        for role in loop.method.trains[1:]:
+            loop.backends[role].load(self.found / role)
         if self._moves_reference:
             loop.backends["reference"].load(self.found / REFERENCE_FOLDER)
         loop.source.load_state_dict(state["source"])
+        if loop.mix is not None:
+            if "mix" not in state:
+                raise CheckpointError(
+                    f"{self.found} was made without mix.data; remove it, or start in another output_dir"
+                )
+            loop.mix.load_state_dict(state["mix"])
         loop.progress = Progress(**state["progress"])
         load_rng(self.found)
 

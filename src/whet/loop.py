@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from whet.annotate import RewardMean, Running
@@ -16,11 +17,14 @@ from whet.backends.optimizer import learning_rate
 from whet.backends.protocol import Backend, shares_prefixes
 from whet.batch import Batch, collate
 from whet.config.evaluation_rules import default_metric, metric_mode
+from whet.config.optim import OptimConfig
 from whet.config.run import RunConfig
 from whet.errors import ConfigError
 from whet.log import RunLog
 from whet.methods import Method
+from whet.mix import Mix
 from whet.rollout.protocols import Source
+from whet.sanity import moved_before_the_first_update
 from whet.schedule import Schedule
 from whet.tally import reduction, weight_keys
 from whet.types import Unit
@@ -59,8 +63,8 @@ class Saver(Protocol):
 class Loop:
     """Everything that a training run is made of, and the loop over it.
 
-    `backends` are by role; `policy` is the one that is trained. `callbacks` are called with the loop after
-    every step.
+    `backends` are by role; the method says which of them are trained, `policy` before all. `mix` adds rows to the
+    optimizer steps of the policy. `callbacks` are called with the loop after every step.
     """
 
     def __init__(
@@ -74,13 +78,15 @@ class Loop:
         evaluate: Evaluator | None = None,
         saver: Saver | None = None,
         progress: Progress | None = None,
+        mix: Mix | None = None,
     ) -> None:
         self.config, self.method, self.source, self.backends = config, method, source, backends
         self.schedule, self.evaluate, self.saver = schedule, evaluate, saver
-        self.progress = progress or Progress()
+        self.progress, self.mix = progress or Progress(), mix
         self.callbacks: list[Callable[[Loop], None]] = []
         self.policy = backends["policy"]
         self._stop_requested = False
+        self._is_checked = method.source != "prompts"
         self._prefix = "train/" if method.source == "prompts" else ""
 
     @property
@@ -142,8 +148,10 @@ class Loop:
         started = time.perf_counter()
         units = await self.source.take(self.schedule.units_per_step)
         taken = time.perf_counter()
+        beside = await self._rows_beside(len(units))
         # Sampling ahead goes on in this thread while another trains.
-        batch, metrics = await asyncio.to_thread(self._learn, units) if self._overlaps else self._learn(units)
+        learn = partial(self._learn, units, beside)
+        batch, metrics = await asyncio.to_thread(learn) if self._overlaps else learn()
         self.progress.step += 1
         self.progress.num_tokens += batch.num_tokens
         await self.source.publish(self.progress.optimizer_steps)
@@ -166,23 +174,69 @@ class Loop:
         """Whether the next steps are sampled while this one is trained."""
         return self.method.source == "prompts" and self.config.rollout.mode != "sync"
 
-    def _learn(self, units: Sequence[Unit]) -> tuple[Batch, dict[str, float]]:
+    def _learn(self, units: Sequence[Unit], rows: Sequence[Batch]) -> tuple[Batch, dict[str, float]]:
         batch = self.prepare(collate(units, share_prefixes=shares_prefixes(self.policy)))
-        return batch, self._update(batch)
+        return batch, self._update(batch, rows)
 
     def prepare(self, batch: Batch) -> Batch:
         """Annotations and credit, as the method says."""
         return annotated(batch, self.method, self.backends, self.progress.running)
 
-    def _update(self, batch: Batch) -> dict[str, float]:
+    async def _rows_beside(self, num_units: int) -> list[Batch]:
+        """The rows of the mixture, one batch for each optimizer step of this one."""
+        if self.mix is None or self._critic_alone:
+            return []
+        steps = min(self.schedule.optimizer_steps, num_units) * self.schedule.ppo_epochs
+        return await self.mix.take(steps, share_prefixes=shares_prefixes(self.policy))
+
+    @property
+    def _critic_alone(self) -> bool:
+        """Whether the critic is still warming up, and the policy is left as it is."""
+        return "critic" in self.method.trains and self.progress.step < self.config.critic.warmup_steps
+
+    def _update(self, batch: Batch, rows: Sequence[Batch] = ()) -> dict[str, float]:
+        """The optimizer steps of one turn: every trained model on every minibatch, as often as the schedule says."""
         parts = []
-        for minibatch in batch.split(min(self.schedule.optimizer_steps, batch.num_units)):
-            metrics = self.policy.forward_backward(weighed(minibatch, self.method, self.config), self.method.terms)
-            metrics |= self.policy.optim_step(lr := self._learning_rate())
-            parts.append({**metrics, "learning_rate": lr})
+        minibatches = batch.split(min(self.schedule.optimizer_steps, batch.num_units))
+        beside = iter(rows)
+        for minibatch in minibatches * self.schedule.ppo_epochs:
+            minibatch = weighed(minibatch, self.method, self.config)
+            metrics = {} if self._critic_alone else self._update_policy(minibatch, next(beside, None))
+            for role in self.method.trains[1:]:
+                metrics |= self._update_role(role, minibatch)
+            parts.append(metrics)
             self.progress.optimizer_steps += 1
             self._follow(minibatch, metrics)
         return {**_combined(parts), "masked_sequences": int((batch.num_trained == 0).sum())}
+
+    def _update_policy(self, minibatch: Batch, rows: Batch | None) -> dict[str, float]:
+        metrics = self.policy.forward_backward(minibatch, self.method.terms_of("policy"))
+        self._check_first(metrics)
+        if rows is not None:
+            assert self.mix is not None, "rows come from a mixture"
+            with self.policy.at_temperature(1.0):  # the sampling temperature is no matter of rows
+                learned = self.policy.forward_backward(rows, [self.mix.term])
+            metrics |= {f"sft_{name}": value for name, value in learned.items()}
+            metrics["loss"] += learned["loss"]
+        lr = self._learning_rate(self.config.optim)
+        return {**metrics, **self.policy.optim_step(lr), "learning_rate": lr}
+
+    def _update_role(self, role: str, minibatch: Batch) -> dict[str, float]:
+        """One optimizer step of a model beside the policy; metrics begin with its role."""
+        backend, lr = self.backends[role], self._learning_rate(self.config.critic.optim(self.config.optim))
+        metrics = backend.forward_backward(minibatch, self.method.terms_of(role))
+        metrics |= {**backend.optim_step(lr), "learning_rate": lr}
+        return {f"{role}_{name}": value for name, value in metrics.items()}
+
+    def _check_first(self, metrics: Mapping[str, float]) -> None:
+        """Warn where the policy seems to have moved before the first update of this process."""
+        if self._is_checked:
+            return
+        self._is_checked = True
+        if self.config.engine.use == "local" and self.policy.describe().get("precision") == "float32":
+            is_new = self.progress.optimizer_steps == 0 and self.config.reference.path is None
+            for text in moved_before_the_first_update(metrics, is_new=is_new):
+                logger.warning("%s", text)
 
     def _follow(self, batch: Batch, metrics: Mapping[str, float]) -> None:
         """What comes after an optimizer step: running means, and a reference that follows the policy."""
@@ -193,9 +247,8 @@ class Loop:
         if every is not None and self.progress.optimizer_steps % every == 0:
             self.backends["reference"].move_towards(self.policy, self.config.reference.sync_alpha)
 
-    def _learning_rate(self) -> float:
-        total = self.schedule.total_steps * self.schedule.optimizer_steps
-        return learning_rate(self.config.optim, self.progress.optimizer_steps, total)
+    def _learning_rate(self, optim: OptimConfig) -> float:
+        return learning_rate(optim, self.progress.optimizer_steps, self.schedule.total_updates)
 
     def _alarm(self, metrics: Mapping[str, float]) -> None:
         difference = metrics.get("train/train_rollout_logprob_abs_diff", 0.0)

@@ -6,18 +6,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from whet.annotate import Annotate, Annotation, AotPartners, KLBaseline, RewardMean
+from whet.annotate import Annotate, Annotation, AotPartners, KLBaseline, KLPenalty, RewardMean
 from whet.batch import Part, WeightKind, weight_key
+from whet.config.algorithm import METHOD_DEFAULTS
+from whet.config.algorithm_rules import CREDIT_OF
 from whet.config.plugin import validated_options
 from whet.credit import CREDITS, Credit
 from whet.errors import ConfigError
 from whet.losses import LOSSES, Loss
 from whet.losses.base import Output, needed
+from whet.shaping import Shaping
 
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of the loss: coef * sum(values * weights)."""
+    """One summand of the loss of the model in `role`: coef * sum(values * weights)."""
 
     name: str
     loss: Loss
@@ -25,6 +28,7 @@ class Term:
     coef: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
     on: Part = "all"
+    role: str = "policy"
 
     @property
     def weight_key(self) -> str:
@@ -77,13 +81,32 @@ class Method:
 
     @property
     def provides(self) -> frozenset[str]:
-        """Columns that the source writes."""
-        return PROVIDES[self.task]
+        """Columns that the source writes; those of `ON_REQUEST` where a credit rule reads them."""
+        asked = frozenset[str]().union(*(stage.rule.reads for stage in self.credit))
+        return PROVIDES[self.task] | (ON_REQUEST[self.task] & asked if self.task in ON_REQUEST else frozenset())
 
     @property
     def roles(self) -> frozenset[str]:
         """Models that the method runs."""
-        return frozenset({"policy"}).union(*(stage.roles for stage in self.annotate))
+        return frozenset({"policy", *self.trains}).union(*(stage.roles for stage in self.annotate))
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        """Roles of the models that are trained, the policy first."""
+        return tuple(dict.fromkeys(("policy", *(term.role for term in self.terms))))
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Settings that the method has of its own where they are not written, by dotted path."""
+        return METHOD_DEFAULTS.get(self.name, {})
+
+    def terms_of(self, role: str) -> tuple[Term, ...]:
+        """The terms that train the model in this role."""
+        return tuple(term for term in self.terms if term.role == role)
+
+    def outputs_of(self, role: str) -> frozenset[Output]:
+        """What the terms of this role need of its model."""
+        return frozenset[Output]().union(*(term.outputs for term in self.terms_of(role)))
 
     def with_terms(self, terms: Iterable[Term]) -> Method:
         return replace(self, terms=tuple(terms))
@@ -97,6 +120,8 @@ PROVIDES: Mapping[Task, frozenset[str]] = {
     "prompts": frozenset({"rewards", "sampler_logprobs"}),
 }
 """Columns that the rows of a task always carry."""
+ON_REQUEST: Mapping[Task, frozenset[str]] = {"prompts": frozenset({"baseline_rewards"})}
+"""Columns that the source of a task writes when a credit rule reads them."""
 
 
 def _term(name: str, weight: WeightKind, coef: float = 1.0, *, on: Part = "all", **options: Any) -> Term:
@@ -107,6 +132,12 @@ def _term(name: str, weight: WeightKind, coef: float = 1.0, *, on: Part = "all",
 def _preference(name: str, task: Task, loss: str, nll_coef: float = 0.0) -> Method:
     nll = (_term("nll", "token", nll_coef, on="chosen"),) if nll_coef else ()
     return Method(name, task, (_term(loss, "row" if task == "unpaired" else "pair"), *nll))
+
+
+def _reinforcement(name: str, loss: str, weight: WeightKind) -> Method:
+    rule = CREDIT_OF[name]
+    options = validated_options(CREDITS[rule], {}, where=rule)
+    return Method(name, "prompts", (_term(loss, weight),), credit=(CreditStage(rule, CREDITS[rule], options),))
 
 
 _ALL = (
@@ -122,12 +153,18 @@ _ALL = (
     _preference("bco", "unpaired", "bco"),
     Method("gkd", "sft", (_term("gkd", "token"),)),
     Method("distill", "sft", (_term("gkd", "token", beta=0.0),)),
-    Method(
-        "grpo",
-        "prompts",
-        credit=(CreditStage("grpo", CREDITS["grpo"]),),
-        terms=(_term("ppo_clip", "sequence"),),
-    ),
+    _reinforcement("grpo", "ppo_clip", "sequence"),
+    _reinforcement("dr-grpo", "ppo_clip", "fixed_length"),
+    _reinforcement("dapo", "ppo_clip", "token"),
+    _reinforcement("rloo", "reinforce", "sequence"),
+    _reinforcement("reinforce++", "ppo_clip", "token"),
+    _reinforcement("reinforce++-baseline", "ppo_clip", "token"),
+    _reinforcement("remax", "reinforce", "sequence"),
+    _reinforcement("gspo", "gspo", "sequence"),
+    _reinforcement("cispo", "cispo", "token"),
+    _reinforcement("sapo", "sapo", "sequence"),
+    _reinforcement("ppo", "ppo_clip", "token"),
+    _reinforcement("opd", "ppo_clip", "token"),
 )
 
 
@@ -138,6 +175,7 @@ SAMPLE = Method("sample", "prompts", terms=())
 """Rejection sampling, which trains nothing: it has no place among the methods that a loop runs."""
 
 REFERENCE = Annotate("reference", "logprobs", "ref_logprobs")
+OLD = Annotate("policy", "logprobs", "old_logprobs")
 
 
 def _writer(column: str, options: Mapping[str, Any]) -> tuple[Annotation, ...]:
@@ -146,6 +184,9 @@ def _writer(column: str, options: Mapping[str, Any]) -> tuple[Annotation, ...]:
         return REFERENCE, AotPartners(options.get("ld_alpha", 1.0))
     single: dict[str, Annotation] = {
         "ref_logprobs": REFERENCE,
+        "old_logprobs": OLD,
+        "teacher_logprobs": Annotate("teacher", "logprobs", "teacher_logprobs"),
+        "values": Annotate("critic", "values", "values"),
         "kl_baseline": KLBaseline(),
         "reward_mean": RewardMean(),
         "teacher_hidden": Annotate("teacher", "hidden", "teacher_hidden"),
@@ -163,7 +204,13 @@ def completed(method: Method) -> Method:
         for column in sorted(reads - written.union(*(stage.writes for stage in stages))):
             stages |= dict.fromkeys(_writer(column, options))
     # What is read by another stage comes first.
-    return replace(method, annotate=tuple(sorted(stages, key=lambda stage: isinstance(stage, AotPartners))))
+    return replace(method, annotate=tuple(sorted(stages, key=_place)))
+
+
+def _place(stage: Annotation) -> int:
+    if isinstance(stage, Shaping):
+        return 0
+    return 2 if isinstance(stage, AotPartners | KLPenalty) else 1
 
 
 def check(method: Method) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from whet.annotate import Annotate, TeacherTopK
+from whet.annotate import Annotate, KLPenalty, TeacherTopK
+from whet.config.algorithm import ShapingConfig
 from whet.config.base import Plugin
 from whet.config.names import did_you_mean, unique_names
 from whet.config.plugin import resolve, validated_options
 from whet.config.roles import ReferenceConfig
 from whet.config.rules import DISTILLS
 from whet.config.run import LossConfig, RunConfig
-from whet.credit import CREDITS, Credit
+from whet.credit import CREDITS, Credit, whiten
 from whet.errors import ConfigError
 from whet.losses import LOSSES, Loss
-from whet.methods import METHODS, REFERENCE, CreditStage, Method, Term, check, completed
+from whet.losses.correction import Corrected, Correction
+from whet.methods import METHODS, OLD, REFERENCE, CreditStage, Method, Term, check, completed
+from whet.shaping import Shaping
 
 WEIGHTS_OF = {"token": ("token", "sequence", "fixed_length"), "sequence": ("row",), "pair": ("pair",)}
 """Weights that go with a loss, by what one of its values stands for; the first is the default."""
@@ -33,7 +36,8 @@ def method_of(config: RunConfig) -> Method:
     method = METHODS[config.method]
     method = replace(method, terms=_terms(config, method))
     if config.credit is not None:
-        method = replace(method, credit=(_credit(config.credit),))
+        written = config.credit if isinstance(config.credit, list) else [config.credit]
+        method = replace(method, credit=tuple(_credit(one) for one in written))
     _check_group_size(config, method)
     if method.source == "prompts":
         method = _for_rollouts(method, config)
@@ -51,14 +55,64 @@ def method_of(config: RunConfig) -> Method:
 
 
 def _for_rollouts(method: Method, config: RunConfig) -> Method:
-    """The KL penalty, and the old policy's logprobs."""
-    if config.kl.coef:
-        term = Term("kl", LOSSES["kl"], method.terms[0].weight, config.kl.coef, {"type": config.kl.type})
-        method = replace(method, terms=(*method.terms, term), annotate=(*method.annotate, REFERENCE))
-    if config.rollout.optimizer_steps > 1:
+    """Shaping, the KL penalty, the critic, the correction, and the old policy's logprobs."""
+    kl, stages = config.kl, [*_shaping(config), *method.annotate]
+    if config.rollout.optimizer_steps * config.rollout.num_ppo_epochs > 1:
         # With one optimizer step the old policy is the current one, and this pass would be wasted.
-        method = replace(method, annotate=(Annotate("policy", "logprobs", "old_logprobs"), *method.annotate))
-    return method
+        stages.append(OLD)
+    terms = [_corrected(term, config) for term in method.terms]
+    if kl.coef and kl.where == "loss":
+        options = {"type": kl.estimator, "unbiased": kl.unbiased}
+        terms.append(Term("kl", LOSSES["kl"], method.terms[0].weight, kl.coef, options))
+    elif kl.coef:
+        stages += [OLD, REFERENCE, KLPenalty(kl.coef, kl.estimator)]
+    if any("values" in stage.rule.reads for stage in method.credit):
+        critic, options = config.critic, {"clip": config.critic.value_clip}
+        role, coef = ("policy", critic.coef) if critic.shared else ("critic", 1.0)
+        terms.append(Term("value", LOSSES["value"], "token", coef, options, role=role))
+        stages.append(Annotate(role, "values", "values"))
+    wanted = config.shaping.whiten
+    if wanted or (wanted is None and any(stage.rule.whitened for stage in method.credit)):
+        method = replace(method, credit=(*method.credit, CreditStage("whiten", whiten)))
+    return replace(method, terms=tuple(terms), annotate=tuple(dict.fromkeys(stages)))
+
+
+def _shaping(config: RunConfig) -> list[Shaping]:
+    shaping, longest = config.shaping, config.rollout.max_tokens
+    if shaping.model_copy(update={"whiten": None}) == ShapingConfig():
+        return []
+    buffer = shaping.overlong_buffer
+    if buffer is not None:
+        buffer = max(1, round(buffer if buffer >= 1 else buffer * longest))
+    transform = None
+    if shaping.transform is not None:
+        transform = resolve(shaping.transform, {}, what="function of rewards", where="shaping.transform")
+        if not callable(transform):
+            raise ConfigError(f"shaping.transform is {shaping.transform!r}, which cannot be called with rewards")
+    return [
+        Shaping(
+            longest,
+            transform,
+            shaping.scale,
+            shaping.clip,
+            buffer,
+            shaping.overlong_coef,
+            shaping.mask_truncated,
+        )
+    ]
+
+
+def _corrected(term: Term, config: RunConfig) -> Term:
+    """A term that learns from advantages, weighed by the correction where there is one."""
+    written = config.correction
+    if (written.use is None and written.veto is None and written.opsm is None) or "advantages" not in term.reads:
+        return term
+    if term.loss.per != "token":
+        raise ConfigError(
+            f"correction weighs tokens, but loss {term.name!r} gives one value per {term.loss.per}; remove one"
+        )
+    correction = Correction(written.use, written.level, *written.limits, written.veto, written.opsm)
+    return replace(term, loss=Corrected(term.loss, correction))
 
 
 def _from_top_k(method: Method, k: int) -> Method:
@@ -122,9 +176,11 @@ def _distinct(terms: Sequence[Term]) -> tuple[Term, ...]:
 
 def _check_roles(method: Method, config: RunConfig) -> None:
     """A frozen model that a loss asks must be there, and one that is given must be asked."""
-    if "teacher" in method.roles and config.method not in DISTILLS:
+    if "teacher" in method.roles and config.distill.teacher is None and config.method not in DISTILLS:
         learns = ", ".join(term.name for term in method.terms if any(c.startswith("teacher_") for c in term.reads))
-        raise ConfigError(f"loss {learns!r} learns from a teacher, and {config.method} has none; set method to gkd")
+        who = f"loss {learns!r}" if learns else f"credit {', '.join(stage.name for stage in method.credit)!r}"
+        remedy = "set distill.teacher" if method.source == "prompts" else "set method to gkd"
+        raise ConfigError(f"{who} learns from a teacher, and {config.method} has none; {remedy}")
     asked = {"reference": config.reference != ReferenceConfig(), "teacher": config.distill.teacher is not None}
     for role, given in asked.items():
         if given and role not in method.roles and method.source == "rows":

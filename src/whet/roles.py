@@ -1,4 +1,4 @@
-"""The models of a run by role: the policy, and the frozen reference and teacher beside it."""
+"""The models of a run by role: the policy, its critic, and the frozen reference and teacher beside it."""
 
 from __future__ import annotations
 
@@ -138,10 +138,14 @@ def load_policy(config: RunConfig, method: Method, tokenizer: PreTrainedTokenize
     torch.manual_seed(config.seed)
     loader = _Loader(config, method, tokenizer, arithmetic, train)
     model = load_model(config.model, arithmetic.device, scores=method.scores)
-    backends = {"policy": loader.backend(model, optim=config.optim if train else None)}
+    shared = {"values": True} if train and "values" in method.outputs_of("policy") else {}
+    backends = {"policy": loader.backend(model, optim=config.optim if train else None, **shared)}
     roles = method.roles if train or method.source == "rows" else frozenset()
     if "reference" in roles:
         backends["reference"] = loader.reference(backends["policy"])
+    if "critic" in roles:
+        scores = load_model(critic_of(config), arithmetic.device, scores=True)
+        backends["critic"] = loader.backend(scores, optim=config.critic.optim(config.optim) if train else None)
     if "teacher" in roles:
         backends["teacher"] = loader.frozen(frozen_models(config, method)["distill.teacher"])
         backends["policy"].compute.learn_from(backends["teacher"].compute)
@@ -164,6 +168,12 @@ def frozen_models(config: RunConfig, method: Method) -> dict[str, ModelConfig]:
             trust_remote_code=model.trust_remote_code,
         )
     return found
+
+
+def critic_of(config: RunConfig) -> ModelConfig:
+    """The model that a critic of its own begins as."""
+    path = config.critic.path
+    return config.model if path is None else config.model.model_copy(update={"path": path, "revision": None})
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,28 @@ class Schedule:
     steps_per_epoch: int
     units_per_step: int
     optimizer_steps: int
-    """Optimizer steps per step of the loop."""
+    """Parts of a step's units, each of which is an optimizer step."""
     eval_every: int | None
     save_every: int | None
     eval_at_end: bool
     stop_at: int | None = None
     """Step after which a run ends although its schedule, and its learning rate, go on: there is nothing to train on."""
+    ppo_epochs: int = 1
+    """Times that a step goes over its units."""
 
     @property
     def last_step(self) -> int:
         return self.total_steps if self.stop_at is None else min(self.stop_at, self.total_steps)
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps per step of the loop."""
+        return self.optimizer_steps * self.ppo_epochs
+
+    @property
+    def total_updates(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.total_steps * self.updates_per_step
 
     @property
     def saves(self) -> bool:
@@ -57,6 +69,7 @@ def plan(config: RunConfig, num_units: int, *, rollouts: bool) -> Schedule:
         eval_every=_in_steps(config.eval.every_steps, config.eval.every_epochs, per_epoch),
         save_every=_in_steps(config.checkpoint.every_steps, config.checkpoint.every_epochs, per_epoch),
         eval_at_end=config.eval.at_end,
+        ppo_epochs=config.rollout.num_ppo_epochs if rollouts else 1,
     )
 
 

@@ -167,5 +167,6 @@ class Episode:
             loss_mask=tuple(self.loss_mask),
             sampler_logprobs=tuple(self.sampler_logprobs),
             reward=self.reward,
+            columns={"truncated": float(self.status == "truncated")},
             metadata={"index": self.index, "status": self.status, "rewards": dict(self.rewards)},
         )

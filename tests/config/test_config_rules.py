@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from whet.config.algorithm_rules import GROUP_CREDITS
 from whet.config.evaluation_rules import metric_mode
 from whet.config.loader import from_values
-from whet.config.rules import GROUP_CREDITS, TRAINS
+from whet.config.rules import TRAINS
 from whet.credit import CREDITS
 from whet.errors import ConfigError
 from whet.methods import METHODS

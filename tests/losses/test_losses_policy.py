@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from whet.losses import LOSSES
-from whet.losses.policy import entropy_bonus, kl, ppo_clip, reinforce
+from whet.losses.policy import cispo, entropy_bonus, gspo, kl, ppo_clip, reinforce, sapo
 
 LOG2 = math.log(2)
 
@@ -56,6 +56,63 @@ def test_without_old_logprobs_the_batch_is_on_policy(batch_of):
     assert metrics["importance_weight"].tolist() == [1, 1, 1]
 
 
+def test_gspo_by_hand(batch_of):
+    # log ratios 2 log 2, 0: mean log 2, ratio 2 on both; A 1: -min(2, 1.1); A -1: 2. Next row: -2 log 2, ratio 1/4
+    advantages = [0, 1.0, -1, 0, -1]
+    batch = batch_of(2, 1, advantages=advantages, old_logprobs=[0.0, -3, -3, 0, -1])
+    values, metrics = gspo(outputs([9, -3 + 2 * LOG2, -3, 9, -1 - 2 * LOG2]), batch, clip_low=0.2, clip_high=0.1)
+    assert values[[1, 2, 4]].tolist() == pytest.approx([-1.1, 2, 0.8])
+    assert metrics["importance_weight"][[1, 2, 4]].tolist() == pytest.approx([2, 2, 0.25])
+    assert metrics["clip_fraction_high"].tolist() == [False, True, False, False, False]
+    assert metrics["clip_fraction_low"].tolist() == [False, False, False, False, True]
+
+
+def test_the_gradient_of_gspo_goes_through_the_mean(batch_of):
+    # one value -ρ A per token, ρ = exp((x + y) / 2) = 1: each of the two values gives -A / 2 to each token
+    logprobs = torch.tensor([0, -1.0, -2.0], requires_grad=True)
+    batch = batch_of(2, advantages=[0, 3.0, 3.0], old_logprobs=[0, -1.0, -2.0])
+    (gradient,) = torch.autograd.grad(gspo(outputs(logprobs), batch)[0].sum(), logprobs)
+    assert gradient.tolist() == pytest.approx([0, -3, -3])
+    (one,) = torch.autograd.grad(gspo(outputs(logprobs), batch)[0][1], logprobs)
+    assert one.tolist() == pytest.approx([0, -1.5, -1.5])
+
+
+def test_cispo_by_hand_still_learns_where_the_ratio_is_bounded(batch_of):
+    # ratios 2 and 1/2, bound 1.5: -1.5 * 2 * logp, -.5 * -1 * logp
+    logprobs = torch.tensor([0, -1.0 + LOG2, -1.0 - LOG2], requires_grad=True)
+    batch = batch_of(2, advantages=[0, 2.0, -1], old_logprobs=[0, -1.0, -1.0])
+    values, metrics = cispo(outputs(logprobs), batch, clip_high=0.5)
+    assert values.tolist() == pytest.approx([0, -3 * (LOG2 - 1), 0.5 * (-1 - LOG2)])
+    (gradient,) = torch.autograd.grad(values.sum(), logprobs)
+    assert gradient.tolist() == pytest.approx([0, -3, 0.5])
+    assert metrics["clip_fraction_high"].tolist() == [False, True, False]
+
+
+def test_sapo_by_hand(batch_of):
+    # ρ 1: σ(0) = 1/2, so -(4 / 1) / 2 * 1 = -2 and 2 / 1.05; its slope there is -A, as without a gate
+    logprobs = torch.tensor([0, -1.0, -1.0], requires_grad=True)
+    batch = batch_of(2, advantages=[0, 1.0, -1], old_logprobs=[0, -1.0, -1.0])
+    values, _ = sapo(outputs(logprobs), batch)
+    assert values.tolist() == pytest.approx([0, -2, 2 / 1.05])
+    (gradient,) = torch.autograd.grad(values.sum(), logprobs)
+    assert gradient.tolist() == pytest.approx([0, -1, 1])
+    # ρ 2, τ 1: -4 σ(1) = -2.9242
+    far = batch_of(1, advantages=[0, 1.0], old_logprobs=[0, -1.0])
+    assert sapo(outputs([0, -1 + LOG2]), far)[0][1].item() == pytest.approx(-2.9242, abs=1e-4)
+
+
+def test_the_unbiased_penalty_is_multiplied_by_the_ratio_with_its_gradient(batch_of):
+    # x = .5, ρ = 2: 2 (e^-.5 - .5); slope 2 (1 - e^-.5) + the same value
+    logprobs = torch.tensor([0, -1.0], requires_grad=True)
+    batch = batch_of(1, ref_logprobs=[0, -1.5], old_logprobs=[0, -1.0 - LOG2])
+    values, metrics = kl({"logprobs": logprobs}, batch, unbiased=True)
+    k3 = math.exp(-0.5) - 0.5
+    assert values[1].item() == pytest.approx(2 * k3)
+    assert metrics["kl"][1].item() == pytest.approx(k3)
+    (gradient,) = torch.autograd.grad(values.sum(), logprobs)
+    assert gradient[1].item() == pytest.approx(2 * (1 - math.exp(-0.5)) + 2 * k3)
+
+
 def test_reinforce_by_hand(batch_of):
     values, _ = reinforce(outputs([0, -0.5, -2.0]), batch_of(2, advantages=[0, 2.0, -3]))
     assert values.tolist() == [0, 1, -6]
@@ -100,7 +157,25 @@ def _low_var(x, c):
     return ((-d).exp() - 1 + d).clamp(-10, 10)
 
 
+def _cispo(x, c):
+    ratio = (x - c["old_logprobs"]).exp().detach()
+    return -ratio.clamp(max=1.5) * c["advantages"] * x
+
+
+def _sapo(x, c):
+    ratio, tau = (x - c["old_logprobs"]).exp(), torch.where(c["advantages"] > 0, 0.7, 1.3).double()
+    return -4 / tau / (1 + torch.exp(-tau * (ratio - 1))) * c["advantages"]
+
+
+def _gspo(x, c):
+    ratio = (x - c["old_logprobs"])[1:].mean().exp().expand(31)
+    return torch.maximum(-ratio * c["advantages"], -ratio.clamp(0.8, 1.28) * c["advantages"])
+
+
 FORMULAS = {
+    "cispo": (cispo, {"clip_high": 0.5}, _cispo),
+    "sapo": (sapo, {"tau_positive": 0.7, "tau_negative": 1.3}, _sapo),
+    "gspo": (gspo, {"clip_low": 0.2, "clip_high": 0.28}, _gspo),
     "ppo_clip": (ppo_clip, {}, _ppo),
     "ppo_clip with dual clip": (ppo_clip, {"dual_clip": 1.5}, _dual),
     "reinforce": (reinforce, {}, lambda x, c: -c["advantages"] * x),
@@ -124,10 +199,10 @@ def test_values_and_gradients_follow_the_formula(name: str, batch_of):
     assert torch.allclose(values.double(), right, rtol=1e-5, atol=1e-6)
     values.sum().backward()
     right.sum().backward()
-    assert torch.allclose(ours.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(ours.grad.double(), exact.grad, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["ppo_clip", "reinforce", "kl"])
+@pytest.mark.parametrize("name", ["ppo_clip", "gspo", "cispo", "sapo", "reinforce", "kl"])
 def test_a_row_without_trained_tokens_gives_zeros(name: str, batch_of):
     batch = batch_of(0, 0, advantages=[0.0, 0], ref_logprobs=[0.0, 0], old_logprobs=[0.0, 0])
     values, _ = LOSSES[name](outputs([0.0, 0.0]), batch)

@@ -14,7 +14,7 @@ def test_value_by_hand(batch_of):
     batch = batch_of(3, values=[0, 1.0, 0, 0], returns=[0, 2.0, 2, 0])
     values, metrics = value({"values": torch.tensor([0, 1.0, 1, 1])}, batch)
     assert values.tolist() == pytest.approx([0, 0.5, 1.62, 0.5])
-    assert metrics["clip_fraction"].tolist() == [0, 0, 1, 1]
+    assert metrics["value_clip_fraction"].tolist() == [0, 0, 1, 1]
 
 
 def test_a_value_clipped_away_from_its_return_is_not_pushed_further(batch_of):

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from whet.annotate import Top
@@ -42,6 +42,8 @@ class Forward:
     ) -> None:
         self.model, self.mode, self.temperature, self.chunk_mb = model, mode, temperature, chunk_mb
         self.decoder = decoder(model)
+        self.value_head: nn.Module | None = None
+        """What `values` are read by; the model's score head when not set."""
         self._vocabulary: int | None = None
         self._teacher: weakref.ref[Forward] | None = None
 
@@ -69,9 +71,10 @@ class Forward:
 
     def __call__(self, batch: Batch, outputs: Set[Output]) -> dict[Output, Tensor]:
         """`outputs` for this micro-batch: `scores` [N]; `hidden` [T, H], the state that predicts each trained token;
+        `values` [T], what the value head reads off it;
         and of the head, [T, ...] each, under what was asked for (of `Top`: `top_ids` and `top_logprobs`, without
         gradient). 0 where no token is trained, and without gradient if none is."""
-        known = EXTRAS | {"logprobs", "scores", "hidden"}
+        known = EXTRAS | {"logprobs", "scores", "hidden", "values"}
         unknown = [one for one in outputs if one not in known and not isinstance(one, REQUESTS)]
         assert not unknown, f"a language model has no outputs {unknown}"
         trained = batch.loss_mask.nonzero()[:, 0]
@@ -89,6 +92,8 @@ class Forward:
         """Outputs [K, ...] at the looks."""
         seen, own = stream.hidden[looks.predictors], head(self.model)
         values: dict[Output, Tensor] = {"hidden": seen} if "hidden" in outputs else {}
+        if "values" in outputs:
+            values["values"] = _scalar(self.value_head or score_head(self.model), seen)
         for top in (one for one in outputs if isinstance(one, Top)):
             k, words = min(top.k, self.words), self.words
             values["top_ids"], values["top_logprobs"] = top_logprobs(
@@ -141,10 +146,8 @@ class Forward:
         return found
 
     def _scores(self, batch: Batch, stream: _Stream) -> Tensor:
-        """[N] the score head at the last token of each sequence, in float32 whatever the decoder computes in."""
-        last = stream.hidden[stream.places[batch.cu_seqlens[1:].long() - 1]]
-        with torch.autocast(last.device.type, enabled=False):
-            return score_head(self.model)(last.float())[:, 0]
+        """[N] the score head at the last token of each sequence."""
+        return _scalar(score_head(self.model), stream.hidden[stream.places[batch.cu_seqlens[1:].long() - 1]])
 
     def _tree(self, batch: Batch) -> _Stream:
         """The tree's stream through the decoder."""
@@ -202,6 +205,12 @@ class _Looks:
             # The first of those that share a look: what a column says of them follows from their common prefix.
             tokens = trained.max().expand(len(places)).scatter_reduce(0, inverse, trained, "amin")
         return cls(stream.predecessors[places], stream.tokens[places], inverse, tokens)
+
+
+def _scalar(head: nn.Module, hidden: Tensor) -> Tensor:
+    """[K, H] -> [K] by a head of one number, in float32 whatever the decoder computes in."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.float())[:, 0]
 
 
 def _to_rows(values: Tensor, looks: _Looks, trained: Tensor, num_tokens: int) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +27,14 @@ from whet.models.adapters import adapter_off, trainable_summary
 from whet.models.export import save_model
 from whet.models.parts import base
 from whet.models.restore import load_weights
+from whet.models.scores import load_head, save_head, value_head
 from whet.tally import Tally
 
 PER_SEQUENCE = {"scores"}
 """Outputs with one value per sequence; the others have one per token."""
 SCALER_FILE = "scaler.json"
+CRITIC_FOLDER = "critic"
+"""Beside the weights of a policy, those of its critic, be it a model or a head."""
 
 OUT_OF_MEMORY = (
     "the GPU ran out of memory. In this order: lower backend.max_tokens_per_device (now {max_tokens}); set "
@@ -42,7 +46,8 @@ OUT_OF_MEMORY = (
 class LocalBackend:
     """Trains one model in this process; see `Backend` for the contract.
 
-    With an optimizer configuration it trains; without one it only computes (a reference, a teacher).
+    With an optimizer configuration it trains; without one it only computes (a reference, a teacher). With `values` it
+    has a value head beside the model, which is trained and saved with it but is no part of it.
     """
 
     def __init__(
@@ -55,16 +60,19 @@ class LocalBackend:
         optim: OptimConfig | None = None,
         attention: Mode | Literal["auto"] = "auto",
         temperature: float = 1.0,
+        values: bool = False,
     ):
         self.model, self.tokenizer = model.to(arithmetic.device), tokenizer
         self.config, self.arithmetic = config, arithmetic
         self.compute = choose_mode(model, attention, arithmetic, temperature=temperature, chunk_mb=config.head_chunk_mb)
+        self.value_head = value_head(model) if values else None
+        self.compute.value_head = self.value_head
         self.optim = optim
         self.optimizer = None
         if optim is not None:
             if config.activation_checkpointing:
                 _checkpoint_activations(base(model))
-            self.optimizer = adamw(model, optim)
+            self.optimizer = adamw(model, optim, beside=self.value_head)
         scales = arithmetic.autocast == torch.float16
         self.scaler = torch.amp.GradScaler(arithmetic.device.type, enabled=scales)
 
@@ -144,14 +152,27 @@ class LocalBackend:
     def load(self, folder: Path) -> None:
         """Exactly the weights and the optimizer state that `save` wrote. Raises CheckpointError."""
         load_weights(self.model, folder)
+        if self.value_head is not None:
+            load_head(self.value_head, folder / CRITIC_FOLDER)
         if self.optimizer is not None:
             load_optimizer(self.optimizer, folder)
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(read_json(folder / SCALER_FILE))
 
     def export_weights(self, folder: Path) -> None:
-        """The weights, in the type they are trained in."""
+        """The weights, in the type they are trained in; those of a value head in a folder of their own."""
         save_model(self.model, self.tokenizer, folder)
+        if self.value_head is not None:
+            save_head(self.value_head, folder / CRITIC_FOLDER)
+
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Compute outputs at this temperature for as long as this lasts."""
+        before, self.compute.temperature = self.compute.temperature, temperature
+        try:
+            yield
+        finally:
+            self.compute.temperature = before
 
     @torch.no_grad()
     def move_towards(self, other: LocalBackend, share: float) -> None:
@@ -169,6 +190,8 @@ class LocalBackend:
 
     def _move(self, device: torch.device) -> None:
         self.model.to(device)
+        if self.value_head is not None:
+            self.value_head.to(device)
         if self.optimizer is not None:
             for state in self.optimizer.state.values():
                 state.update({k: v.to(device) for k, v in state.items() if isinstance(v, Tensor) and k != "step"})

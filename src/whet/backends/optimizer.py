@@ -11,9 +11,14 @@ from whet.config.optim import OptimConfig
 from whet.errors import ConfigError
 
 
-def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only. Raises ConfigError when nothing is trainable."""
+def adamw(model: nn.Module, config: OptimConfig, *, beside: nn.Module | None = None) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only, over a model and a head `beside` it.
+
+    Raises ConfigError when nothing is trainable.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
+    if beside is not None:
+        trainable += beside.parameters()
     if not trainable:
         raise ConfigError("no weight is trainable; loosen model.freeze or choose an adapter")
     groups = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -50,6 +51,10 @@ class Backend(Protocol):
 
     def move_towards(self, other: Backend, share: float) -> None:
         """Make every weight `share` of the other's and the rest of its own (TR-DPO, arXiv:2404.09656)."""
+        ...
+
+    def at_temperature(self, temperature: float) -> AbstractContextManager[None]:
+        """A context in which logits are divided by this temperature in place of the sampling temperature."""
         ...
 
     def offload(self) -> None:

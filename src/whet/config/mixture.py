@@ -42,6 +42,9 @@ OPTIONS: Mapping[str, frozenset[str]] = {
         "gkd_topk": {"beta", "temperature", "hard"},
         "ppo_clip": {"clip_low", "clip_high", "dual_clip"},
         "reinforce": set(),
+        "gspo": {"clip_low", "clip_high", "dual_clip"},
+        "cispo": {"clip_high"},
+        "sapo": {"tau_positive", "tau_negative"},
     }.items()
 }
 """The options of the losses that can be named, as their own parameters have them; here torch is not imported."""
@@ -49,7 +52,8 @@ OPTIONS: Mapping[str, frozenset[str]] = {
 OWN: Mapping[str, str] = {
     **{"sft": "sft", "reward": "bradley_terry", "dpo": "sigmoid", "apo": "apo_zero", "simpo": "simpo", "cpo": "cpo"},
     **{"cpo-simpo": "simpo", "orpo": "orpo", "kto": "kto", "bco": "bco", "gkd": "gkd", "distill": "gkd"},
-    "grpo": "ppo_clip",
+    **dict.fromkeys(("grpo", "dr-grpo", "dapo", "reinforce++", "reinforce++-baseline", "ppo", "opd"), "ppo_clip"),
+    **{"rloo": "reinforce", "remax": "reinforce", "gspo": "gspo", "cispo": "cispo", "sapo": "sapo"},
 }
 """The loss that each method has of its own."""
 

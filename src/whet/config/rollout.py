@@ -122,13 +122,3 @@ class RewardConfig(Plugin):
     name of its parameter when not given."""
     by_type: dict[str, dict] = Field(default_factory=dict)
     """Options of the rewards that rows choose by `rm_type` in their metadata, as in `{code: {memory_mb: 256}}`."""
-
-
-class KLConfig(Config):
-    """Kullback-Leibler penalty towards the reference, as a term of the loss."""
-
-    coef: float = Field(default=0.0, ge=0)
-    """Coefficient; at 0 no reference is computed."""
-    type: Literal["k1", "k2", "k3", "low_var_kl"] = "k3"
-    """Estimator (http://joschu.net/blog/kl-approx.html). k1 has no useful gradient as a loss and is
-    refused here."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from whet.config.algorithm_rules import REINFORCES, algorithm_problems, credits_of, min_group_of
 from whet.config.data import DataConfig
 from whet.config.evaluation import EvalConfig
 from whet.config.evaluation_rules import OF_PROMPTS, evaluation_problems
@@ -21,7 +22,6 @@ from whet.config.train import TrainConfig
 PAIRED = ("dpo", "apo", "simpo", "cpo", "cpo-simpo", "orpo")
 UNPAIRED = ("kto", "bco")
 DISTILLS = ("gkd", "distill")
-REINFORCES = ("grpo",)
 TRAINS = ("sft", "reward", *PAIRED, *UNPAIRED, *DISTILLS, *REINFORCES)
 """Methods that train a model."""
 SAMPLES = ("sample",)
@@ -34,12 +34,12 @@ BELONGS: Mapping[str, tuple[str, ...]] = {
     "credit": REINFORCES,
     "debug": REINFORCES,
     "env": REINFORCES,
-    "kl": REINFORCES,
+    **dict.fromkeys(("kl", "shaping", "correction", "critic", "mix"), REINFORCES),
     "rollout": (*REINFORCES, *DISTILLS, *SAMPLES),
     "engine": (*REINFORCES, *DISTILLS, *SAMPLES),
     "reference": REFERS,
     "nll_coef": (*PAIRED, *UNPAIRED),
-    "distill": DISTILLS,
+    "distill": (*DISTILLS, *REINFORCES),
     "sample": SAMPLES,
     **dict.fromkeys(("train", "optim", "eval", "checkpoint", "loss", "terms", "entropy_coef"), TRAINS),
 }
@@ -51,8 +51,6 @@ ROWS_FOR: Mapping[str, tuple[str, ...]] = {
     "labels": UNPAIRED,
 }
 """What rejection sampling selects -> the methods that can train on it."""
-GROUP_CREDITS = ("grpo", "grpo_no_std", "rloo")
-"""Credit rules that compare the members of a group, and so need at least two."""
 
 
 def violations(config: RunConfig, *, trains: bool = True) -> list[Problem]:
@@ -101,6 +99,7 @@ def _trains_quantised(config: RunConfig) -> Iterator[Problem]:
 
 def _needs(config: RunConfig) -> Iterator[Problem]:
     judges = config.debug.train_only is None or config.data.eval is not None or config.eval.sets
+    judges = judges and credits_of(config) != ("opd",)
     if config.method in BELONGS["reward"] and judges and not config.reward:
         yield _problem("reward", f"reward is missing: {config.method} needs one, as in reward.use: math")
     if config.method in DISTILLS and config.distill.teacher is None:
@@ -117,6 +116,8 @@ def _belongs(config: RunConfig) -> Iterator[Problem]:
         default = RunConfig.model_fields[name].get_default(call_default_factory=True)
         if config.method not in methods and getattr(config, name) != default:
             other = f"set method to {' or '.join(methods)}" if len(methods) < 5 else f"it goes with {methods[0]}"
+            if methods[0] in REINFORCES:
+                other = f"set method to {methods[0]}, or another that samples"
             yield _problem(name, f"{name} is given, but {config.method} has no use for it; remove it, or {other}")
     if _reinforces(config):
         yield from _rollouts_alone(config)
@@ -232,12 +233,11 @@ def _groups(config: RunConfig) -> Iterator[Problem]:
         return
     rollout = config.rollout
     yield from rollout_problems(rollout, has_env=config.env is not None)
-    credit = config.credit.use if config.credit else "grpo"
-    if rollout.group_size == 1 and credit in GROUP_CREDITS:
+    if rollout.group_size == 1 and (comparing := min_group_of(config)):
         yield _problem(
             "rollout.group_size",
-            f"rollout.group_size is 1, but credit {credit!r} needs at least 2: it compares the completions of a "
-            "prompt; raise it, or use a credit of your own (credit.use: package.module:function)",
+            f"rollout.group_size is 1, but credit {comparing!r} needs at least 2: it compares the completions of a "
+            "prompt; raise it, or use a credit that does not (reinforce_plus_plus, remax, gae, or one of your own)",
         )
     if rollout.optimizer_steps > rollout.prompts_per_step:
         yield _problem(
@@ -248,10 +248,6 @@ def _groups(config: RunConfig) -> Iterator[Problem]:
 
 
 def _loss(config: RunConfig) -> Iterator[Problem]:
-    if config.kl.type == "k1":
-        yield _problem(
-            "kl.type", "kl.type is 'k1', whose gradient as a loss is zero on average; use k2, k3 or low_var_kl"
-        )
     if config.loss and config.terms:
         yield _problem(
             "loss", "loss and terms are both given, but terms stand in place of the method's own loss; keep one"
@@ -366,4 +362,5 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _dumps,
     evaluation_problems,
     sampling_problems,
+    algorithm_problems,
 )

@@ -1,9 +1,17 @@
 """The configuration of a whole run."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from whet.config.algorithm import (
+    CorrectionConfig,
+    CriticConfig,
+    KLConfig,
+    MixConfig,
+    ShapingConfig,
+    with_method_defaults,
+)
 from whet.config.backend import BackendConfig
 from whet.config.base import Config, Plugin
 from whet.config.data import DataConfig
@@ -11,7 +19,7 @@ from whet.config.evaluation import EvalConfig
 from whet.config.model import ModelConfig
 from whet.config.optim import OptimConfig
 from whet.config.roles import DistillConfig, ReferenceConfig
-from whet.config.rollout import EngineConfig, KLConfig, RewardConfig, RolloutConfig
+from whet.config.rollout import EngineConfig, RewardConfig, RolloutConfig
 from whet.config.sample import SampleConfig
 from whet.config.train import CheckpointConfig, DebugConfig, LogConfig, TrainConfig
 
@@ -35,7 +43,8 @@ class RunConfig(Config):
 
     method: str = "sft"
     """What to do: `sft`; `reward`; preference optimisation by `dpo`, `simpo`, `cpo`, `cpo-simpo`, `orpo`, `apo` on
-    pairs, or `kto`, `bco` on labelled completions; distillation by `gkd`, `distill`; reinforcement learning by `grpo`;
+    pairs, or `kto`, `bco` on labelled completions; distillation by `gkd`, `distill`; reinforcement learning by `grpo`,
+    `dr-grpo`, `dapo`, `rloo`, `reinforce++`, `reinforce++-baseline`, `remax`, `gspo`, `cispo`, `sapo`, `ppo`, `opd`;
     `sample` makes rows of the best of several completions.
     The command line sets it from the command."""
     output_dir: str = "runs/default"
@@ -54,9 +63,14 @@ class RunConfig(Config):
     """Settings of the method's own loss term, as in `{use: dft}` or `{clip_high: 0.28}`."""
     terms: list[LossConfig] | None = None
     """The terms of the loss, in place of the method's own."""
-    credit: Plugin | None = None
-    """How rewards become advantages, in place of the method's own, as in `{use: rloo}`."""
+    credit: Plugin | list[Plugin] | None = None
+    """How rewards become advantages, in place of the method's own, as in `{use: rloo}`. Of several, each sees the
+    advantages of the one before: `[{use: grpo}, {use: opd}]` adds what a teacher says."""
+    shaping: ShapingConfig = ShapingConfig()
     kl: KLConfig = KLConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    critic: CriticConfig = CriticConfig()
+    mix: MixConfig = MixConfig()
     entropy_coef: float = 0.0
     """Coefficient of an entropy bonus."""
     nll_coef: float | None = Field(default=None, ge=0)
@@ -73,3 +87,8 @@ class RunConfig(Config):
     """Reward function, or several whose weighted sum is the reward."""
     sample: SampleConfig = SampleConfig()
     debug: DebugConfig = DebugConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_method(cls, values: Any) -> Any:
+        return with_method_defaults(values) if isinstance(values, dict) else values

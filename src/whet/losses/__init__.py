@@ -8,7 +8,7 @@ from typing import Any
 
 from whet.losses.base import Loss, Metrics, Outputs, loss, needed
 from whet.losses.distill import gkd, gkd_topk
-from whet.losses.policy import entropy_bonus, kl, ppo_clip, reinforce
+from whet.losses.policy import cispo, entropy_bonus, gspo, kl, ppo_clip, reinforce, sapo
 from whet.losses.preference import (
     apo_down,
     apo_zero,
@@ -37,6 +37,9 @@ LOSSES: dict[str, Loss] = {
     "dft": dft,
     "nll": nll,
     "ppo_clip": ppo_clip,
+    "gspo": gspo,
+    "cispo": cispo,
+    "sapo": sapo,
     "reinforce": reinforce,
     "kl": kl,
     "entropy_bonus": entropy_bonus,

@@ -18,4 +18,5 @@ def value(out: Outputs, batch: Batch, *, clip: Annotated[float, Field(gt=0)] = 0
     values, old, returns = out["values"], batch["values"], batch["returns"]
     clipped = torch.clamp(values, old - clip, old + clip)
     losses = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-    return losses, {"clip_fraction": ((values - old).abs() > clip).float()}
+    metrics = {"value": values.detach(), "return": returns, "value_error": (values.detach() - returns).abs()}
+    return losses, {**metrics, "value_clip_fraction": ((values - old).abs() > clip).float()}

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from whet.config.model import ModelConfig
-from whet.errors import ModelError
+from whet.errors import CheckpointError, ModelError
 from whet.models.source import ADAPTER_CONFIG, INDEXES, WEIGHTS, read_json
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 KEY = "score.weight"
 """The head's name in files, the one that transformers' own classes for sequence classification give it."""
 CLASSIFIER = "ForSequenceClassification"
+HEAD_FILE = "value_head.safetensors"
 
 
 def add_score_head(model: PreTrainedModel, weight: Tensor | None = None) -> None:
@@ -40,6 +42,33 @@ def add_score_head(model: PreTrainedModel, weight: Tensor | None = None) -> None
             model.score.weight.copy_(weight)
     for name in head_names(model):
         model.get_parameter(name).requires_grad_(False)
+
+
+def value_head(model: PreTrainedModel) -> nn.Linear:
+    """A linear layer [H] -> [1] beside the model, not in it: float32, drawn as `add_score_head` draws its own."""
+    config = model.config.get_text_config()
+    head = nn.Linear(config.hidden_size, 1, bias=False, dtype=torch.float32, device=model.device)
+    nn.init.normal_(head.weight, std=getattr(config, "initializer_range", None) or 0.02)
+    return head
+
+
+def save_head(head: nn.Linear, folder: Path) -> None:
+    """Write a value head into a folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({KEY: head.weight.detach().contiguous()}, folder / HEAD_FILE, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def load_head(head: nn.Linear, folder: Path) -> None:
+    """Set a value head to what `save_head` wrote, bit for bit. Raises CheckpointError."""
+    path = folder / HEAD_FILE
+    try:
+        weight = load_file(path)[KEY]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); is it a checkpoint with a shared critic?") from error
+    if weight.shape != head.weight.shape:
+        raise CheckpointError(f"{path} holds a head {list(weight.shape)}, and the model's is {list(head.weight.shape)}")
+    head.weight.copy_(weight)
 
 
 def head_names(model: nn.Module) -> set[str]:
