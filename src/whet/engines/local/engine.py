@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncGenerator, Collection, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,32 +17,13 @@ from whet.engines.local.cache import LENGTH_BLOCK
 from whet.engines.local.check import check
 from whet.engines.local.forward import Forward
 from whet.engines.local.prompts import Prompts
-from whet.engines.local.request import Request, StopText
+from whet.engines.local.request import Piece, Request, StopText
 from whet.engines.local.rows import Rows
 from whet.engines.local.sampler import sample
+from whet.engines.local.stats import Stats
 from whet.engines.local.weights import Following
 from whet.errors import EngineError
 from whet.types import Completion, FinishReason, Sampling
-
-
-@dataclass
-class Stats:
-    """What the engine has done since it was made."""
-
-    generated_tokens: int = 0
-    completions: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-    """Spent in steps: prefill, decoding and sampling, not waiting."""
-    prefill_tokens: int = 0
-    """Prompt tokens computed."""
-    prefill_tokens_saved: int = 0
-    """Prompt tokens not computed because another request shared them, in flight or ended."""
-
-    @property
-    def prefix_hit_rate(self) -> float:
-        """Share of the prompt tokens that needed no computation."""
-        return self.prefill_tokens_saved / max(1, self.prefill_tokens + self.prefill_tokens_saved)
 
 
 class LocalEngine:
@@ -102,17 +83,41 @@ class LocalEngine:
 
     async def generate(self, tokens: Sequence[int], sampling: Sampling, *, prefix_key: str | None = None) -> Completion:
         """Sample one completion of `tokens`; see `Engine.generate`."""
-        request = self._request(tokens, sampling, prefix_key)
-        self._waiting.setdefault(request.tokens, deque()).append(request)
-        self._drive()
+        request = self._submit(tokens, sampling, prefix_key)
         try:
             async with asyncio.timeout(self.timeout_s):
                 return await request.answer
         except TimeoutError as error:
             raise EngineError(self._late(request)) from error
         finally:
-            if not request.answer.done() or request.answer.cancelled():
-                self._withdraw(request)
+            self._give_up(request)
+
+    async def stream(
+        self, tokens: Sequence[int], sampling: Sampling, *, prefix_key: str | None = None
+    ) -> AsyncGenerator[Piece]:
+        """Sample one completion and tell its tokens as they come; the last piece has a finish reason.
+
+        Whoever reads slowly gets larger pieces. Closing the generator takes the request out of the engine.
+        Raises EngineError as `generate` does.
+        """
+        request, told = self._submit(tokens, sampling, prefix_key), 0
+        request.progress = progress = asyncio.Event()
+        request.answer.add_done_callback(lambda _: progress.set())
+        deadline = asyncio.get_running_loop().time() + self.timeout_s
+        try:
+            while not request.answer.done():
+                async with asyncio.timeout_at(deadline):
+                    await progress.wait()
+                progress.clear()
+                if not request.answer.done() and (end := len(request.output)) > told:
+                    yield Piece(request.output[told:end], request.logprobs[told:end])
+                    told = end
+            done = request.answer.result()
+            yield Piece(list(done.tokens[told:]), list(done.logprobs[told:]), done.finish_reason)
+        except TimeoutError as error:
+            raise EngineError(self._late(request)) from error
+        finally:
+            self._give_up(request)
 
     async def update_weights(self, snapshot: int) -> None:
         """The weights are the trainer's own and have changed already, or are copied from there now, while nobody
@@ -165,6 +170,17 @@ class LocalEngine:
         return {**asdict(self._stats), "prefix_hit_rate": self._stats.prefix_hit_rate}
 
     # --- taking requests in and out -------------------------------------------------------------------
+
+    def _submit(self, tokens: Sequence[int], sampling: Sampling, key: str | None) -> Request:
+        request = self._request(tokens, sampling, key)
+        self._waiting.setdefault(request.tokens, deque()).append(request)
+        self._drive()
+        return request
+
+    def _give_up(self, request: Request) -> None:
+        """Nobody waits any more; take the request out if it has not ended."""
+        if not request.answer.done() or request.answer.cancelled():
+            self._withdraw(request)
 
     def _request(self, tokens: Sequence[int], sampling: Sampling, key: str | None) -> Request:
         if self._closed:

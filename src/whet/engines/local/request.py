@@ -28,6 +28,15 @@ class StopText:
         return any(text in tail for text in self.texts)
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens of a completion as they are sampled, and their logprobs; the last one says why it ended."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason | None = None
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """A prompt, how to sample from it, and the tokens it has so far; `row` is -1 while it waits."""
@@ -43,6 +52,8 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     marks: list[tuple[int, int]] = field(default_factory=list)
     """(version, index of the first token sampled by it), in order."""
+    progress: asyncio.Event | None = None
+    """Set with every token, and at the end, for who watches."""
 
     def mark(self, version: int) -> None:
         """From the next token on, `version` samples."""

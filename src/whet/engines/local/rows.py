@@ -81,6 +81,8 @@ class Rows:
         for i, (request, token, logprob) in enumerate(zip(requests, tokens.tolist(), logprobs.tolist(), strict=True)):
             request.output.append(token)
             request.logprobs.append(logprob)
+            if request.progress is not None:
+                request.progress.set()
             if request.stop_text is not None and not stopped[i]:
                 stopped[i] = request.stop_text.ends(request.output)
         return [(requests[i], "stop" if stopped[i] else "length") for i in np.flatnonzero(stopped | full).tolist()]
