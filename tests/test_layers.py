@@ -21,7 +21,7 @@ ORDER = (
     *("view", "log", "schedule", "sanity", "recipe", "mix", "loop", "rollouts_only", "evaluate", "roles"),
     *("precompute", "provenance", "held_out", "feeds", "keeper"),
     *("check", "compose", "answer"),
-    *("sample", "chat", "trainer", "demo", "cli", "__main__"),
+    *("sample", "chat", "trainer", "demo", "serve", "cli", "__main__"),
 )
 
 # These rooms see less than what lies to their left.
@@ -51,6 +51,9 @@ CONFINED = {
     "peft": {"models/"},
     "httpx2": {"rewards/endpoint.py", "rewards/judge.py"},
     "bitsandbytes": {"models/quantize.py"},
+    "fastapi": {"serve/"},
+    "starlette": {"serve/"},
+    "uvicorn": {"serve/"},
     "math_verify": {"rewards/math_worker.py"},
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from whet import __version__
-from whet.errors import WhetError
+from whet.errors import ConfigError, WhetError
 
 if TYPE_CHECKING:
     from whet.config.run import RunConfig
@@ -36,6 +37,7 @@ whet sharpens language models after pre-training.
   whet sample CONFIG.yaml [--then TRAIN.yaml] rejection sampling: the best of several answers become rows
   whet eval CONFIG.yaml [--section.key value] evaluate a model on held-out data
   whet chat MODEL                             talk to a model
+  whet serve MODEL [--port 8000]              an OpenAI-compatible server on this machine
   whet merge ADAPTER OUTPUT                   add an adapter into plain weights
   whet check CONFIG.yaml [--section.key value] find what is wrong with a run, and what it takes, before it begins
   whet import TOOL FILE [-o OUT.yaml]         make a configuration of a file of trl, llamafactory or slime
@@ -231,6 +233,33 @@ def _chat(arguments: list[str]) -> int:
     return 0
 
 
+def _serve(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "whet serve", description="Serve a model to OpenAI's clients, on this machine only. Ctrl-C stops."
+    )
+    parser.add_argument("model", help="folder of a model (or of an adapter), or its name on the hub")
+    parser.add_argument("--host", default="127.0.0.1", help="any but loopback needs --api-key (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
+    parser.add_argument("--name", help="the model's name for clients (default: MODEL as given)")
+    parser.add_argument("--api-key", default=os.environ.get("WHET_API_KEY"), help="default: $WHET_API_KEY")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    parser.add_argument("--max-concurrent", type=int, default=64, help="decoded at a time (default 64)")
+    parser.add_argument("--max-requests", type=int, default=1024, help="in flight; more are refused (default 1024)")
+    parser.add_argument("--timeout-s", type=float, default=600, help="most seconds of one completion (default 600)")
+    parser.add_argument("--prefix-cache-mb", type=float, default=256, help="kept for next turns (default 256 MiB)")
+    options = parser.parse_args(arguments)
+    if min(options.max_concurrent, options.max_requests) < 1 or options.timeout_s <= 0 or options.prefix_cache_mb < 0:
+        parser.error(
+            "--max-concurrent and --max-requests must be at least 1, --timeout-s and --prefix-cache-mb positive"
+        )
+    if any(importlib.util.find_spec(needed) is None for needed in ("fastapi", "uvicorn")):
+        raise ConfigError("whet serve needs FastAPI and uvicorn; install them with: pip install 'whet[serve]'")
+    from whet.serve.command import serve
+
+    serve(options)
+    return 0
+
+
 def _merge(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "whet merge", description="Add an adapter into the weights of its base, and say how much the outputs changed."
@@ -334,6 +363,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sample": _sample,
     "eval": _eval,
     "chat": _chat,
+    "serve": _serve,
     "merge": _merge,
     "check": _check,
     "import": _import,

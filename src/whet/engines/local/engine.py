@@ -161,6 +161,11 @@ class LocalEngine:
         """Let go of what is kept for later requests: the trainer is about to need the memory."""
         self._prompts.kept.clear()
 
+    @property
+    def max_length(self) -> int | None:
+        """Positions of the model: tokens of prompt and completion together at most. None where there is no limit."""
+        return self._forward.max_length
+
     def health(self) -> dict[str, Any]:
         status = "closed" if self._closed else "paused" if self._paused else "ok"
         return {"status": status, "version": self.version, "active": len(self._rows), "waiting": self._num_waiting}
@@ -186,7 +191,7 @@ class LocalEngine:
         if self._closed:
             raise EngineError("the engine is closed; make a new one")
         tokens = tuple(map(int, tokens))
-        self._validate(tokens, sampling)
+        self.validate(tokens, sampling)
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             if self._loop is not None and not self._loop.is_closed() and (self._rows or self._waiting):
@@ -197,7 +202,8 @@ class LocalEngine:
         stop_text = StopText(self.tokenizer, sampling.stop) if sampling.stop else None
         return Request(tokens, sampling, stops, stop_text, loop.create_future(), key)
 
-    def _validate(self, tokens: tuple[int, ...], sampling: Sampling) -> None:
+    def validate(self, tokens: Sequence[int], sampling: Sampling) -> None:
+        """Raises EngineError for a request that cannot be served."""
         limit = self._forward.max_length
         if not tokens:
             raise EngineError("the prompt has no tokens; an engine needs at least one to begin with")
