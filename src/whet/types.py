@@ -110,9 +110,10 @@ class Episode:
 
     `tokens`, `loss_mask` and `sampler_logprobs` cover prompt and response alike and grow together;
     injected tokens (tool output, further user turns) carry mask False and logprob 0. `response` is
-    the text after the prompt. `rewards` holds one number per reward function, `reward` their sum.
-    `info` is what the environment counted (turns, calls), by name. `rollout` numbers, within the group, the
-    rollout that a sequence is a part of, where one rollout was split into several: they then count once.
+    the text after the prompt; of several turns `answer` is the last. `rewards` holds one number per
+    reward function, `reward` their sum. `info` is what the environment counted (turns, calls), by
+    name. `rollout` numbers, within the group, the rollout that a sequence is a part of, where one was
+    split into several: they then count once.
     """
 
     prompt: Prompt
@@ -123,6 +124,7 @@ class Episode:
     sampler_logprobs: list[float] = field(default_factory=list)
     versions: list[VersionSpan] = field(default_factory=list)
     response: str = ""
+    answer: str | None = None
     reward: float | None = None
     rewards: dict[str, float] = field(default_factory=dict)
     status: Status = "pending"

@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from whet.compose import compose
 from whet.config.loader import load
+from whet.envs.retriever import Index, Server, read_corpus
 from whet.log import METRICS_FILE
 from whet.sample.run import compose_sampling
 from whet.types import Episode, Prompt
@@ -34,6 +36,10 @@ SHORTER = {
     ],
 }
 
+MODELS = (
+    *("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", "tiny", "tiny-calculator"),
+    *("runs/expressions-sft", "runs/gsm8k-sft", "runs/calculator-sft"),
+)
 SOLUTIONS = [
     ("sold half as many", "She sold 48/2 = <<48/2=24>>24, so 48+24 = <<48+24=72>>72.\n#### 72"),
     ("per minute", "12/60 = $<<12/60=0.2>>0.2, then $<<.2*50=10.0>>10, and <<48/2=24>>24 again.\n#### 10"),
@@ -46,7 +52,7 @@ SOLUTIONS = [
 def folder(tmp_path: Path, tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the examples, with a tiny model under each name that they use and a few solutions as GSM8K."""
     shutil.copytree(EXAMPLES, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("runs", "cache"))
-    for name in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", "tiny", "runs/expressions-sft", "runs/gsm8k-sft"):
+    for name in MODELS:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(tiny_qwen)
     rows = [{"question": f"{question} {i}?", "answer": answer} for i in range(4) for question, answer in SOLUTIONS]
@@ -83,12 +89,19 @@ def expressions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-SAMPLES = ("gsm8k-sample.yaml",)
-TRAINS = sorted({path.name for path in EXAMPLES.glob("*.yaml")} - {*SAMPLES})
+@pytest.fixture
+def calculator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    script(monkeypatch, "gsm8k_calculator.py", "gsm8k_train.jsonl", "gsm8k_test.jsonl")
+    yield folder
+    sys.modules.pop("gsm8k_expressions", None)
+
+
+SAMPLES, SEARCHES = ("gsm8k-sample.yaml",), ("search-grpo.yaml",)
+TRAINS = sorted({path.name for path in EXAMPLES.glob("*.yaml")} - {*SAMPLES, *SEARCHES})
 
 
 @pytest.mark.parametrize("name", TRAINS)
-async def test_configuration_trains_and_leaves_a_model(name: str, expressions: Path):
+async def test_configuration_trains_and_leaves_a_model(name: str, expressions: Path, calculator: Path):
     method = yaml.safe_load((expressions / name).read_text(encoding="utf-8")).get("method", "sft")
     config = load(method, name, [*SHORT, *SHORTER[method], "--output_dir", "runs/tried"]).config
     run = compose(config)
@@ -98,6 +111,31 @@ async def test_configuration_trains_and_leaves_a_model(name: str, expressions: P
     assert {row["step"] for row in read_rows(Path("runs/tried") / METRICS_FILE)} >= {1, 2}
     adapter = config.model.adapter is not None
     assert (expressions / "runs/tried" / ("adapter_model.safetensors" if adapter else "model.safetensors")).is_file()
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+async def test_configuration_searches(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    (folder / "alpaca.json").write_text(json.dumps([{"instruction": "Name a fruit", "input": "", "output": "Apple"}]))
+    script(monkeypatch, "search_corpus.py", "gsm8k_train.jsonl", "--beside", "alpaca.json")
+    assert len(read_rows("search_corpus.jsonl")) == 17
+    assert {row["label"] for row in read_rows("search_held_out.jsonl")} <= {"72", "10", "5", "19"}
+    with Server(Index(read_corpus("search_corpus.jsonl")), port=0) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        flags = [*SHORT, *SHORTER["grpo"], "--env.url", server.url, "--output_dir", "runs/tried"]
+        metrics = await compose(load("grpo", name, flags).config).train()
+        server.shutdown()
+    assert "eval/env/num_searches" in metrics
+
+
+def test_calculator_rows_show_some_worked_calls(calculator: Path):
+    rows = read_rows("calculator_sft.jsonl")
+    assert (
+        len(rows) == len(read_rows("calculator_train.jsonl")) == 4 and len(read_rows("calculator_held_out.jsonl")) == 3
+    )
+    called = [row["messages"] for row in rows if len(row["messages"]) > 2]
+    assert 0 < len(called) < 4
+    assert all(messages[2]["content"] == messages[3]["content"] for messages in called)
+    assert {row["tools"][0]["function"]["name"] for row in rows} == {"calculate"}
 
 
 @pytest.mark.parametrize("name", SAMPLES)

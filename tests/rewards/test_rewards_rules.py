@@ -10,6 +10,7 @@ import pytest
 from whet.config.rollout import RewardConfig
 from whet.errors import ConfigError
 from whet.rewards.deepscaler import DeepScalerReward
+from whet.rewards.exact import ExactReward
 from whet.rewards.f1 import token_f1
 from whet.rewards.gpqa import chosen_letter
 from whet.rewards.registry import build_scorer
@@ -242,3 +243,25 @@ def test_boxed_rewards_check_prompts_and_take_options():
 def test_what_cannot_be_boxed_is_refused(use: str, told: str):
     with pytest.raises(ConfigError, match=told):
         build_scorer(RewardConfig(use=use))
+
+
+@pytest.mark.parametrize(
+    ("options", "response", "label", "reward"),
+    [
+        ({}, " fox ", "fox", 1.0),
+        ({}, "The fox.", "fox", 0.0),
+        ({}, "fox", ["wolf", "fox"], 1.0),
+        ({"normalize": True}, "The Fox.", "fox", 1.0),
+        ({"within": "answer"}, "fox", "fox", 0.0),
+        ({"within": "answer"}, "<answer>wolf</answer> no, <answer>\nfox </answer>.", "fox", 1.0),
+        ({"within": "answer"}, "<answer>fox", "fox", 0.0),
+        ({"within": "answer", "normalize": True}, "<answer>A fox!</answer>", ["the fox"], 1.0),
+    ],
+)
+def test_exact_compares_what_it_is_told_to(options: dict, response: str, label: object, reward: float):
+    judge = ExactReward(**options)
+    episode = Episode(Prompt("p", [1], "?", label), "g", 0, response=response)
+    assert judge(episode) == reward
+    # Of several turns it is the last that counts.
+    episode.response, episode.answer = "first <tool> " + response, response
+    assert judge(episode) == reward

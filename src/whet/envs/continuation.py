@@ -11,9 +11,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from whet.data.chat import ChatTemplate
-from whet.data.encode import Encoder
-from whet.data.pieces import Piece, Rendered
 from whet.data.problems import Malformed
+from whet.envs.insert import Inserter
 from whet.errors import ModelError
 from whet.types import Message
 
@@ -53,15 +52,14 @@ class Continuation:
         Where the turn ended without its closing token (by a stop text), that comes first. Special tokens that a
         tool's output spells are broken up: only the template may write them.
         """
-        ended, after = self.text([self._harmless(output) for output in outputs])
+        ended, after = self.text([self._insert.harmless(output) for output in outputs])
         closing = self.tokenizer.convert_ids_to_tokens(last)
-        if closing != ended and closing in self._specials and after.lstrip().startswith(closing):
+        if closing != ended and closing in self._insert.specials and after.lstrip().startswith(closing):
             # Where a turn has no end of its own (GLM), the policy ends it by giving the floor to the tool.
             after = after.lstrip().removeprefix(closing)
-        elif closing != ended and closing not in self._marked:
+        elif closing != ended and closing not in self._insert.marked:
             after = ended + after
-        encoded = Encoder(self.tokenizer).encode([Rendered((Piece(ended, False), Piece(after, True)))])[0]
-        return encoded.tokens[encoded.prompt :].tolist()
+        return self._insert.tokens(after, behind=ended)
 
     def text(self, outputs: Sequence[str]) -> tuple[str, str]:
         """(the special token that ends the assistant's turn, what follows it)."""
@@ -69,7 +67,9 @@ class Continuation:
         marks = before.count(MARK)
         before, after = (text.split(MARK, marks)[-1] for text in (before, self.called(len(outputs), _answers(outputs))))
         shared = _shared(before, after)
-        ends = [(shared.rfind(special) + len(special), special) for special in self._specials if special in shared]
+        ends = [
+            (shared.rfind(special) + len(special), special) for special in self._insert.specials if special in shared
+        ]
         if not ends:
             raise ModelError(
                 f"the chat template writes a turn with a call as ...{before[:60]!r}, and with a tool's answer after it "
@@ -104,21 +104,8 @@ class Continuation:
         return ChatTemplate(self.tokenizer, self.variables)
 
     @cached_property
-    def _specials(self) -> frozenset[str]:
-        """Not only those marked special: `<|im_end|>` is often added to a base model as an ordinary token."""
-        added = (token.content for token in self.tokenizer.added_tokens_decoder.values())
-        return frozenset({*self.tokenizer.all_special_tokens, *added})
-
-    @cached_property
-    def _marked(self) -> frozenset[str]:
-        marked = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
-        return frozenset({*self.tokenizer.all_special_tokens, *marked})
-
-    def _harmless(self, output: str) -> str:
-        for special in self._specials:
-            if special in output and special[:1] in "<[":
-                output = output.replace(special, f"{special[0]} {special[1:]}")
-        return output
+    def _insert(self) -> Inserter:
+        return Inserter(self.tokenizer)
 
     @cached_property
     def _rewrites(self) -> bool:

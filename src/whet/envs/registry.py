@@ -9,13 +9,14 @@ from typing import Any
 
 from whet.config.base import Plugin
 from whet.config.plugin import resolve, validated_options
+from whet.envs.search import Search
 from whet.envs.single import SingleTurn
 from whet.envs.tools import Tools
 from whet.errors import ConfigError, DataError
 from whet.rollout.protocols import EnvFactory
 from whet.types import Prompt
 
-BUILTINS: dict[str, Any] = {"single": SingleTurn, "tools": Tools}
+BUILTINS: dict[str, Any] = {"single": SingleTurn, "tools": Tools, "search": Search}
 
 
 def build_env(config: Plugin | None, tokenizer: Any = None, variables: Mapping[str, Any] | None = None) -> EnvFactory:

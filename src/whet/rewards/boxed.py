@@ -27,7 +27,7 @@ class BoxedReward:
     async def __call__(self, episode: Episode) -> Any:
         content = last_boxed(episode.response)
         inner = copy.copy(episode)
-        inner.response = content or ""
+        inner.response, inner.answer = content or "", None
         if content is not None and getattr(self._reward, "reads_boxes", False):
             inner.response = f"\\boxed{{{content}}}"
         value = self._reward(inner)

@@ -72,6 +72,7 @@ class Play:
             if episode.status != "aborted":
                 await self.close()
         episode.response = decode(episode.tokens[len(episode.prompt.tokens) :])
+        episode.answer = decode(episode.tokens[self._begin :]) if self._turn else None
         return episode
 
     async def close(self) -> None:
