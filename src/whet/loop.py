@@ -6,7 +6,6 @@ import asyncio
 import logging
 import math
 import statistics
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +25,7 @@ from whet.mix import Mix
 from whet.rollout.protocols import Source
 from whet.sanity import moved_before_the_first_update
 from whet.schedule import Schedule
+from whet.speed import StepClock
 from whet.tally import reduction, weight_keys
 from whet.types import Unit
 
@@ -145,17 +145,18 @@ class Loop:
 
     async def train_step(self) -> dict[str, float]:
         """One turn of the loop; returns what was measured."""
-        started = time.perf_counter()
+        clock = StepClock(self.backends)
         units = await self.source.take(self.schedule.units_per_step)
-        taken = time.perf_counter()
+        clock.taken()
         beside = await self._rows_beside(len(units))
         # Sampling ahead goes on in this thread while another trains.
         learn = partial(self._learn, units, beside)
         batch, metrics = await asyncio.to_thread(learn) if self._overlaps else learn()
+        clock.trained()
         self.progress.step += 1
         self.progress.num_tokens += batch.num_tokens
         await self.source.publish(self.progress.optimizer_steps)
-        ended = time.perf_counter()
+        speed = clock.metrics(batch.num_tokens)
         metrics = {f"{self._prefix}{name}": value for name, value in metrics.items()}
         self._alarm(metrics)
         return {
@@ -163,10 +164,7 @@ class Loop:
             "num_tokens": self.progress.num_tokens,
             "epoch": self.progress.step / self.schedule.steps_per_epoch,
             **getattr(self.source, "stats", {}),
-            "perf/train_tokens_per_s": batch.num_tokens / (ended - taken),
-            "perf/tokens_per_s": batch.num_tokens / (ended - started),
-            "perf/wait_ratio": (taken - started) / (ended - started),
-            "perf/step_s": ended - started,
+            **speed,
         }
 
     @property
@@ -212,6 +210,8 @@ class Loop:
     def _update_policy(self, minibatch: Batch, rows: Batch | None) -> dict[str, float]:
         metrics = self.policy.forward_backward(minibatch, self.method.terms_of("policy"))
         self._check_first(metrics)
+        if self.method.source == "prompts":  # the loss without penalties and rows
+            metrics["pg_loss"] = metrics.get(f"{self.method.terms[0].name}_loss", metrics["loss"])
         if rows is not None:
             assert self.mix is not None, "rows come from a mixture"
             with self.policy.at_temperature(1.0):  # the sampling temperature is no matter of rows

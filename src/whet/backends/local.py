@@ -21,6 +21,7 @@ from whet.checkpoints.state import load_optimizer, read_json, save_optimizer, wr
 from whet.config.backend import BackendConfig
 from whet.config.optim import OptimConfig
 from whet.errors import TrainingError
+from whet.flops import ModelFlops, peak_flops
 from whet.losses.base import Output
 from whet.methods import Term
 from whet.models.adapters import adapter_off, trainable_summary
@@ -67,6 +68,9 @@ class LocalBackend:
         self.compute = choose_mode(model, attention, arithmetic, temperature=temperature, chunk_mb=config.head_chunk_mb)
         self.value_head = value_head(model) if values else None
         self.compute.value_head = self.value_head
+        self.counts = ModelFlops(model)
+        self.flops = 0.0
+        """Floating-point operations of all passes so far."""
         self.optim = optim
         self.optimizer = None
         if optim is not None:
@@ -81,10 +85,19 @@ class LocalBackend:
         """Whether batches for this backend are to be collated with shared prefixes."""
         return self.compute.shares_prefixes
 
+    @property
+    def peak_flops(self) -> float | None:
+        """FLOP/s that the device can reach at most; None where that is not known, and for CPUs."""
+        if self.arithmetic.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.arithmetic.device)
+        return peak_flops(name, self.arithmetic.autocast, self.arithmetic.matmul)
+
     @torch.no_grad()
     def forward(self, batch: Batch, outputs: Set[Output]) -> dict[Any, Tensor]:
         """Outputs over the whole batch, on the batch's device."""
         self.model.eval()
+        self.flops += self.counts.forward(batch.tree, _looked(batch, outputs))
         results: dict[Any, Tensor] = {}
         with self.compute.installed():
             for units in self._micro_batches(batch):
@@ -105,6 +118,7 @@ class LocalBackend:
         self.model.train()
         tally = Tally(terms)
         outputs = frozenset().union(*(term.outputs for term in terms))
+        self.flops += self.counts.forward_backward(batch.tree, _looked(batch, outputs))
         with self.compute.installed():
             for units in self._micro_batches(batch):
                 micro = batch.select(units).to(self.arithmetic.device)
@@ -212,6 +226,11 @@ class LocalBackend:
 
     def _micro_batches(self, batch: Batch) -> list[list[int]]:
         return batch.micro_batches(self.config.max_tokens_per_device, self.config.micro_batch_size)
+
+
+def _looked(batch: Batch, outputs: Set[Output]) -> int:
+    """Tokens that the language-model head runs on."""
+    return 0 if outputs <= {"values", *PER_SEQUENCE} else int(batch.num_trained.sum())
 
 
 def _not_finite(loss: float, parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> str:

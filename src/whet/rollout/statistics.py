@@ -31,7 +31,9 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     metrics["rollout/num_episodes"] = len(scored)
     metrics["rollout/num_failed"] = sum(episode.status == "failed" for episode in episodes)
     metrics["rollout/num_aborted"] = sum(episode.status == "aborted" for episode in episodes)
-    metrics["rollout/num_zero_std_groups"] = sum(map(has_zero_std, rollout.groups))
+    zero_std = sum(map(has_zero_std, rollout.groups))
+    metrics["rollout/num_zero_std_groups"] = zero_std
+    metrics["rollout/zero_std_share"] = zero_std / max(len(rollout.groups), 1)
     metrics["rollout/num_lost_groups"] = sum(not scored_rewards(group) for group in rollout.groups)
     return metrics | speed_metrics(rollout)
 
