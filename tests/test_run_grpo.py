@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from metrics_page import undocumented
 from runs import (
     column,
     config_of,
@@ -359,6 +360,21 @@ def test_what_is_wrong_with_a_set_is_told_with_its_name_before_a_model_is_loaded
     for name in sets:
         assert f"eval.sets.{name}: " in told, f"{name} in {told}"
     assert "did you mean math?" in told
+
+
+def test_every_metric_of_a_run_stands_on_the_page_about_them(config, tmp_path: Path, prompts: str):
+    settings = {"data__eval": prompts, "eval__num_samples": 2, "eval__at_start": True, "train__steps": 2}
+    both = [{"use": "test_run_grpo:share_of_a"}, {"use": "test_run_grpo:slow_share_of_a"}]
+    train(config(reward=both, kl__coef=0.1, entropy_coef=0.01, rollout__optimizer_steps=2, **settings))
+    train(config("ahead", rollout__mode="async", rollout__filter="nonzero_std", **settings))
+    names = {name for folder in ("out", "ahead") for line in metrics(tmp_path / folder) for name in line}
+    assert undocumented(names - {"step"}) == set()
+    wanted = "prefix_hit_rate zero_std_share staleness_max repetition_fraction truncated_ratio reward_std"
+    assert {f"rollout/{name}" for name in wanted.split()} <= names
+    assert {"train/pg_loss", "train/kl", "perf/tflops", "perf/publish_s", "perf/longest_sample_tokens_per_s"} <= names
+    assert "perf/mfu" not in names  # nobody says what a CPU can reach
+    shared = column(tmp_path / "out", "rollout/prefix_hit_rate")
+    assert all(0.5 < share < 1 for share in shared)  # three of the four members of a group look at a prompt once more
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(config, tmp_path: Path):

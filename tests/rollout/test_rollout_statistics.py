@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from whet.rollout.group import Group, Rollout
-from whet.rollout.statistics import has_zero_std, repetition, rollout_metrics
+from whet.rollout.statistics import PrefixHits, has_zero_std, repetition, rollout_metrics
 from whet.types import Completion, Episode, Prompt
 
 
@@ -87,3 +87,22 @@ def test_what_environments_count_is_averaged_over_the_scored_episodes_that_have_
         episode.info = info
     metrics = metrics_of(group)
     assert (metrics["rollout/env/num_calls"], metrics["rollout/env/misses"]) == (2.0, 2.0)
+
+
+def test_the_share_of_prompts_that_needed_no_computation_is_that_since_the_last_time():
+    class Told:
+        computed, saved = 100, 50
+
+        def stats(self):
+            return {"prefill_tokens": self.computed, "prefill_tokens_saved": self.saved}
+
+    engine = Told()
+    hits = PrefixHits(engine)  # type: ignore[arg-type]
+    assert hits.metrics() == {}
+    engine.computed, engine.saved = 120, 110
+    assert hits.metrics() == {"rollout/prefix_hit_rate": 0.75}
+    engine.computed = 200
+    hits.restart()
+    engine.saved += 1
+    assert hits.metrics() == {"rollout/prefix_hit_rate": 1.0}
+    assert PrefixHits(object()).metrics() == {}  # type: ignore[arg-type]

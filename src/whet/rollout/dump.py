@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from whet.errors import CheckpointError, DataError
+from whet.rollout.group import Group
 from whet.rollout.lines import TOLD, Line, lines_of
 from whet.rollout.protocols import StateDict
 from whet.types import Unit
@@ -87,8 +89,12 @@ class DumpedSource:
         """The units of the source, once they are on the disk. Raises CheckpointError where they cannot be written."""
         units = await self._source.take(n)
         self._step += 1
-        self._dump.write(self._step, list(lines_of(units, self._source.rollout.groups)))
+        # In a thread, as sampling ahead does not wait for the disk.
+        await asyncio.to_thread(self._write, units, self._source.rollout.groups)
         return units
+
+    def _write(self, units: Sequence[Unit], groups: Sequence[Group]) -> None:
+        self._dump.write(self._step, list(lines_of(units, groups)))
 
     async def publish(self, snapshot: Any) -> None:
         await self._source.publish(snapshot)

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from whet.errors import DataError
-from whet.rollout.group import Group
+from whet.rollout.group import BASELINE_INDEX, Group
 from whet.types import Episode, Prompt, Sample, Unit, VersionSpan
 
 Line = dict[str, Any]
@@ -28,7 +28,7 @@ def lines_of(units: Sequence[Unit], groups: Sequence[Group]) -> Iterator[Line]:
     Of an episode that was trained on, tokens, mask, logprobs and reward are those of its sample: what was left out
     of training by a mask is left out here.
     """
-    episodes = {(group.id, one.index): one for group in groups for one in group.episodes}
+    episodes = {(group.id, one.index): one for group in groups for one in group.members}
     for unit in units:
         for sample in unit.samples:
             episode = episodes.pop((unit.id, sample.metadata.get("index", -1)), None)
@@ -77,7 +77,12 @@ def groups_of(lines: Sequence[Line]) -> list[Group]:
     for line in lines:
         if "prompt_id" in line:
             found.setdefault(line["group"], []).append(_episode(line))
-    return [Group(name, tuple(sorted(episodes, key=lambda one: one.index))) for name, episodes in found.items()]
+    groups = []
+    for name, episodes in found.items():
+        members = sorted(episodes, key=lambda one: one.index)
+        baseline = members.pop(0) if members[0].index == BASELINE_INDEX else None
+        groups.append(Group(name, members, baseline))
+    return groups
 
 
 def _told(episode: Episode) -> Line:

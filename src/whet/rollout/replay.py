@@ -14,7 +14,7 @@ from whet.rollout.dump import ABOUT_FILE, FOLDER, read_lines, step_files
 from whet.rollout.group import Rollout
 from whet.rollout.lines import groups_of, units_of
 from whet.rollout.protocols import StateDict
-from whet.rollout.statistics import rollout_metrics
+from whet.rollout.statistics import age_metrics, rollout_metrics
 from whet.types import Unit
 
 
@@ -31,7 +31,7 @@ class Replay:
         self.engine: Engine | None = None
         self.about = self._about()
         self._files = self._contiguous()
-        self._step = 0
+        self._step = self._version = 0
         self.stats: dict[str, float] = {}
         """Metrics of the last step, as they were logged then, but for those of speed."""
         self._units(1)
@@ -58,12 +58,14 @@ class Replay:
         units, self.stats = self._units(self._step)
         return units
 
-    async def publish(self, snapshot: Any) -> None:
+    async def publish(self, snapshot: int) -> None:
+        """The policy has new weights, of this version."""
+        self._version = snapshot
         if self.engine is not None:
             await self.engine.update_weights(snapshot)
 
     def state_dict(self) -> StateDict:
-        return {"replayed": self._step, "fingerprint": self._fingerprint()}
+        return {"replayed": self._step, "version": self._version, "fingerprint": self._fingerprint()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there. Raises CheckpointError for a state of other data."""
@@ -71,7 +73,7 @@ class Replay:
             raise CheckpointError(
                 f"the checkpoint was not made by replaying {self.folder}; set output_dir to another folder"
             )
-        self._step = state["replayed"]
+        self._step, self._version = state["replayed"], state["version"]
 
     def _units(self, step: int) -> tuple[list[Unit], dict[str, float]]:
         path = self._files[step - 1]
@@ -82,7 +84,7 @@ class Replay:
             raise DataError(f"{path}: {error}") from error
         if not units:
             raise DataError(f"{path} holds nothing that was trained on; dump the rollout anew")
-        measured = rollout_metrics(Rollout(tuple(groups), 0.0, 0.0)) if groups else {}
+        measured = rollout_metrics(Rollout(tuple(groups), 0.0, 0.0)) | age_metrics(groups, self._version)
         return units, {name: value for name, value in measured.items() if not name.startswith("perf/")}
 
     def _about(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from whet.rollout.filters import Choices, build_choices
 from whet.rollout.group import Group, GroupPlayer, Rollout
 from whet.rollout.journal import RolloutJournal
 from whet.rollout.protocols import EnvFactory, Scorer, StateDict
-from whet.rollout.statistics import age_metrics, rollout_metrics
+from whet.rollout.statistics import PrefixHits, age_metrics, rollout_metrics
 from whet.rollout.supply import PromptSource, Supply
 from whet.types import Episode, Prompt, Sample, Sampling, Unit
 
@@ -81,6 +81,7 @@ class RolloutSource:
             timeout_s=timeout_s,
             retries=config.retries,
         )
+        self._prefixes = PrefixHits(engine)
         self._choices = choices or build_choices(config)
         self._collecting: Collector | None = None
         self._ahead: asyncio.Task[list[Group]] | None = None
@@ -103,6 +104,7 @@ class RolloutSource:
         collector, step = self._collector(), self._step + 1
         if self._config.mode == "sync":  # in other modes sampling went on since the last step
             self._started = time.monotonic()
+            self._prefixes.restart()
         groups = self._journal.of_step(step, self._begin)
         if not groups:
             groups = await self._next(collector, n, step)
@@ -112,7 +114,7 @@ class RolloutSource:
         settled, counts = collector.report()
         self._report(settled)
         self.stats = rollout_metrics(self.rollout) | {f"rollout/{name}": value for name, value in counts.items()}
-        self.stats |= age_metrics(groups, self._version)
+        self.stats |= age_metrics(groups, self._version) | self._prefixes.metrics()
         if self._config.mode == "one_step_off":
             self._ahead = asyncio.create_task(collector.collect(n, step + 1))
         removed = self._choices.remove(groups)

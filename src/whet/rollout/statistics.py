@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from whet.engines.protocol import Engine
 from whet.rollout.group import Group, Rollout
 from whet.types import Episode
 
@@ -97,6 +98,27 @@ def age_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
         "rollout/staleness_max": max(ages),
         "rollout/offpolicy_share": old / max(1, sum(span.end - span.start for span in spans)),
     }
+
+
+class PrefixHits:
+    """How much of the prompts an engine did not have to compute, as its `stats` tell, if it has any."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._stats: Callable[[], Mapping[str, float]] = getattr(engine, "stats", dict)
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
+        told = self._stats()
+        self._before = [told.get(name, 0) for name in ("prefill_tokens", "prefill_tokens_saved")]
+
+    def metrics(self) -> dict[str, float]:
+        """`rollout/prefix_hit_rate` since the last restart, where a prompt was looked at."""
+        before, told = self._before, self._stats()
+        self.restart()
+        now = [told.get(name, 0) for name in ("prefill_tokens", "prefill_tokens_saved")]
+        computed, saved = (later - earlier for later, earlier in zip(now, before, strict=True))
+        return {"rollout/prefix_hit_rate": saved / (computed + saved)} if computed + saved else {}
 
 
 def response_length(episode: Episode) -> int:
