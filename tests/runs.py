@@ -74,8 +74,9 @@ def column(folder: Path, name: str) -> list[float]:
 
 
 def without_clock(lines: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """Metrics without those that depend on the machine's speed."""
-    return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
+    """Metrics without those that depend on the machine's speed, or on what was sampled before an interruption."""
+    work = ("perf/", "rollout/prefix_hit_rate")
+    return [{name: value for name, value in line.items() if not name.startswith(work)} for line in lines]
 
 
 def saved_weights(folder: Path) -> dict[str, Tensor]:
