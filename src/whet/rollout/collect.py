@@ -14,6 +14,8 @@ from whet.rollout.group import Group, GroupPlayer
 from whet.rollout.journal import RolloutJournal, number_of
 from whet.rollout.supply import Supply
 
+COUNTS = ("num_fetches", "num_left_over", "num_stale")
+"""What is counted in every step where groups can be replaced."""
 ABORT_GRACE_S = 5.0
 """Most seconds for aborted completions to come back with what they have."""
 
@@ -69,7 +71,7 @@ class Collector:
                         raise self._exhausted(n, fetches * fetch)
                     self._submit(await self.supply.next(fetch, step))
                     fetches += 1
-                    self.counts["num_fetches"] += self._replaces  # without replacements there is one
+                    self._count("num_fetches")
                 await self._change()
         except BaseException:
             await self.stop()
@@ -79,8 +81,10 @@ class Collector:
     async def take_ready(self, n: int, step: int, version: int, capacity: int) -> list[Group]:
         """`n` groups no older than allowed, while up to `capacity` groups stay in flight or ready across steps."""
         self._step, self._capacity = step, capacity
-        await self.expire(version)
-        while len(self.ready) < n:
+        while True:
+            await self.expire(version)  # only a completion tells how old its tokens are
+            if len(self.ready) >= n:
+                break
             most = self._config.max_fetches * capacity
             if (rejected := sum(self.rejected.values())) >= most:
                 raise self._exhausted(n, rejected)
@@ -116,7 +120,9 @@ class Collector:
 
     def report(self) -> tuple[list[Group], dict[str, float]]:
         """The groups that have been completed since the last report, and counts `dropped/<reason>`, `num_fetches`, …"""
-        settled, counts = self.settled, {f"dropped/{reason}": n for reason, n in self.rejected.items()} | +self.counts
+        counts: dict[str, float] = dict.fromkeys(COUNTS, 0) if self._replaces else {}
+        counts |= {f"dropped/{reason}": count for reason, count in self.rejected.items()} | self.counts
+        settled = self.settled
         self.settled, self.counts, self.rejected = [], Counter(), Counter()
         return settled, counts
 
@@ -191,7 +197,7 @@ class Collector:
         self.ready.sort(key=number_of)
         taken, spare = self.ready[:n], self.ready[n:]
         unfinished = [group for group, _ in left if group not in self.settled]
-        self.counts["num_left_over"] += len(unfinished) + len(spare)
+        self._count("num_left_over", len(unfinished) + len(spare))
         self.ready = spare if self._config.partial else []
         for group in unfinished if self._config.partial else [*unfinished, *spare]:
             if not self._config.partial:
@@ -202,12 +208,16 @@ class Collector:
     async def _renew(self, group: Group) -> None:
         await self._player.forget(group)
         self.settled = [other for other in self.settled if other is not group]
-        self.counts["num_stale"] += 1
+        self._count("num_stale")
         if self._config.stale == "drop":
             self._journal.dropped(group, "stale")
             return
         group.restart()
         self.supply.give_back(group)
+
+    def _count(self, what: str, number: int = 1) -> None:
+        if self._replaces:  # otherwise there is nothing to tell
+            self.counts[what] += number
 
     async def _end(self, tasks: Sequence[asyncio.Task[None]]) -> None:
         for task in tasks:

@@ -1,0 +1,147 @@
+"""Runs that over-sample, leave completions for later, or sample ahead: killed at any moment, they lose nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runs import (
+    column,
+    config_of,
+    in_process,
+    metrics,
+    same_bits,
+    saved_weights,
+    sums,
+    train,
+    without_clock,
+    write_rows,
+)
+from whet.compose import compose
+from whet.config.run import RunConfig
+from whet.data.source import epoch_order
+from whet.rollout.journal import FILE, RolloutJournal
+
+NUM_KILLS = int(os.environ.get("WHET_TEST_KILLS", "4"))
+"""Of each mode; more take minutes."""
+NUM_PROMPTS, STEPS, PER_STEP = 20, 12, 4
+MODES: dict[str, dict[str, Any]] = {
+    "sync": {},
+    "oversampled": {"rollout__oversampling": 6},
+    "partial": {
+        "rollout__oversampling": 8,
+        "rollout__partial": True,
+        "rollout__filter": {"use": "nonzero_std"},
+        "rollout__max_fetches": 100,
+    },
+    "one step off": {"rollout__mode": "one_step_off"},
+    "async": {"rollout__mode": "async", "rollout__max_staleness": 3},
+}
+BOUNDS = {"sync": 0, "oversampled": 0, "one step off": 1, "async": 3}
+
+
+def share_of_a(episode) -> float:
+    """The share of small letters in a response: seldom the same twice."""
+    return sum(char.islower() for char in episode.response) / max(1, len(episode.response))
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_qwen: Path):
+    rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in sums(NUM_PROMPTS)])
+
+    def make(name: str = "out", **settings: Any) -> RunConfig:
+        given = {"model__path": str(tiny_qwen), "data__train": rows, "reward": "test_run_rollouts:share_of_a"}
+        given |= {"optim__lr": 1e-3, "train__steps": STEPS, "rollout__prompts_per_step": PER_STEP}
+        given |= {"rollout__group_size": 3, "rollout__max_tokens": 12, "checkpoint__every_steps": 3}
+        return config_of("grpo", tmp_path / name, **{**given, **settings})
+
+    return make
+
+
+def account(config: RunConfig, *, replaces: bool) -> list[int]:
+    """Every group stands in the order of the prompts, in one state; each step took its own. Returns who was taken."""
+    journal = RolloutJournal(Path(config.output_dir) / FILE)
+    census = journal.census()
+    journal.close()
+    order = [
+        i for epoch in range(1 + len(census) // NUM_PROMPTS) for i in epoch_order(NUM_PROMPTS, seed=0, epoch=epoch)
+    ]
+    assert [n for n, *_ in census] == list(range(len(census)))
+    assert [prompt for _, prompt, *_ in census] == [f"train/{i}" for i in order[: len(census)]]
+    steps = [step for _, _, state, step, _ in census if state == "taken"]
+    assert {step: steps.count(step) for step in set(steps)} == dict.fromkeys(range(1, STEPS + 1), PER_STEP)
+    states = {state for _, _, state, _, _ in census}
+    assert states <= ({"taken", "open", "ready", "dropped"} if replaces else {"taken", "open", "ready"})
+    return [n for n, _, state, _, _ in census if state == "taken"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_way_of_sampling_trains_on_groups_within_its_bound(config, mode: str):
+    run = train(made := config(**MODES[mode]))
+    assert run.loop.progress.optimizer_steps == STEPS
+    account(made, replaces=mode == "partial")
+    ages = column(Path(made.output_dir), "rollout/staleness_max")
+    assert len(ages) == STEPS and max(ages) <= BOUNDS.get(mode, STEPS)
+    if mode in ("one step off", "async"):
+        assert max(ages) > 0, "something was sampled ahead"
+    assert max(column(Path(made.output_dir), "train/train_rollout_logprob_abs_diff")[:1]) < 1e-5
+
+
+def test_partial_completions_of_a_real_engine_go_on_under_new_weights(config):
+    made = config(**{**MODES["partial"], "rollout__max_tokens": 24})
+    train(made)
+    assert max(column(Path(made.output_dir), "rollout/offpolicy_share")) > 0
+    assert sum(column(Path(made.output_dir), "rollout/num_left_over")) > 0
+
+
+def die_at_a_random_moment(config: RunConfig, after_s: float) -> None:
+    run = compose(config)
+    timer = threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
+    asyncio.run(run.train())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_that_is_killed_at_random_moments_loses_no_group_and_trains_none_twice(config, mode: str):
+    rng, kills, made = random.Random(mode), 0, config(**MODES[mode])
+    while kills < NUM_KILLS:
+        code, said = in_process(die_at_a_random_moment, made, rng.uniform(0.02, 0.6))
+        assert code in (0, -signal.SIGKILL), said
+        kills += 1
+        if code == 0:
+            break
+    train(made)
+    taken = account(made, replaces=mode == "partial")
+    ages = column(Path(made.output_dir), "rollout/staleness_max")
+    assert max(ages) <= BOUNDS.get(mode, STEPS) and min(ages) >= 0
+    if mode == "sync":
+        train(undisturbed := config("undisturbed"))
+        assert taken == account(undisturbed, replaces=False) == list(range(STEPS * PER_STEP))
+        assert same_bits(saved_weights(Path(made.output_dir)), saved_weights(Path(undisturbed.output_dir)))
+        lines, expected = (without_clock(metrics(Path(one.output_dir))) for one in (made, undisturbed))
+        assert lines == expected
+
+
+def test_changed_settings_sample_anew_what_no_checkpoint_has_seen(config, caplog):
+    stopped = config(**MODES["async"])
+    assert in_process(die_at_a_random_moment, stopped, 60.0)[0] == 0
+    made = config(**MODES["async"], optim__lr=2e-3, train__steps=STEPS + 3)
+    with caplog.at_level("INFO", "whet"):
+        train(made)
+    assert "samples after step 12 are made anew, as optim.lr changed" in caplog.text
+
+
+def test_a_journal_that_is_gone_is_told_and_the_run_goes_on(config, caplog):
+    train(made := config(**MODES["oversampled"]))
+    (Path(made.output_dir) / FILE).unlink()
+    with caplog.at_level("WARNING", "whet"):
+        train(config(**MODES["oversampled"], train__steps=STEPS + 1))
+    assert "groups that were left over are not sampled on" in caplog.text
