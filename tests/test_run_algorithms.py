@@ -24,8 +24,6 @@ from whet.methods import METHODS
 from whet.types import Episode
 
 WITHOUT_GROUPS = tuple(method for method in REINFORCES if "rollout.group_size" in METHOD_DEFAULTS.get(method, {}))
-TRAINED_HERE = tuple(method for method in REINFORCES if method != "remax")
-"""ReMax needs greedy completions from the source."""
 
 
 def share_of_a(episode: Episode) -> float:
@@ -68,7 +66,7 @@ def test_every_method_is_a_command_with_rules_of_its_own():
     assert set(REINFORCES) == prompts == set(CREDIT_OF) and prompts <= set(COMMANDS)
 
 
-@pytest.mark.parametrize("method", TRAINED_HERE)
+@pytest.mark.parametrize("method", REINFORCES)
 def test_every_method_trains_and_does_not_depend_on_micro_batches(method: str, config, tmp_path: Path, tiny_qwen):
     kl = {} if method == "opd" else {"kl__coef": 0.05}
     for name, size in (("whole", 64), ("cut", 1)):
@@ -88,6 +86,9 @@ def test_settings_of_a_method_are_shown_and_give_way_to_what_is_written(config):
     assert config("dapo").shaping.overlong_buffer == 0.2
     assert config("dapo", shaping__overlong_buffer=None).shaping.overlong_buffer is None
     assert config("rloo", kl__coef=0.1).kl.where == "reward"
+    assert config("dapo").rollout.filter.use == "nonzero_std"
+    assert config("dapo", rollout__filter=None).rollout.filter is None
+    assert all(METHODS[name].defaults == settings for name, settings in METHOD_DEFAULTS.items())
 
 
 # --- PPO --------------------------------------------------------------------------------------------------
@@ -182,6 +183,16 @@ def test_a_correction_is_reported_and_changes_nothing_where_both_sides_agree(con
     assert last["train/correction_clipped"] == last["train/correction_vetoed"] == last["train/opsm_dropped"] == 0
 
 
+def test_a_policy_comes_nearer_to_its_teacher(config, tmp_path: Path, tiny_qwen: Path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": row["prompt"], "response": "aaaa"} for row in sums(12)])
+    sft = {"model__path": str(tiny_qwen), "data__train": rows, "train__steps": 12, "optim__lr": 3e-3}
+    train(config_of("sft", tmp_path / "teacher", **sft))
+    settings = {"distill__teacher": str(tmp_path / "teacher"), "shaping__whiten": True, "train__steps": 15}
+    train(config("opd", **settings, rollout__group_size=16, reward=None))
+    gaps = column(tmp_path / "out", "train/teacher_kl")
+    assert sum(gaps[-3:]) < 0.7 * sum(gaps[:3])
+
+
 def test_opd_needs_no_reward(config, tmp_path: Path):
     settings = config("opd").model_dump()
     assert settings["reward"] is not None
@@ -216,6 +227,17 @@ def test_the_rows_of_a_mixture_go_on_where_they_were(config, tmp_path: Path):
     assert same_bits(saved_weights(tmp_path / "out"), saved_weights(tmp_path / "whole"))
     state = json.loads((tmp_path / "out" / "checkpoint-4" / "loop.json").read_text())
     assert (state["mix"]["epoch"], state["mix"]["position"]) == (1, 3)  # 3 + 3 + 1, then 3
+
+
+@pytest.mark.parametrize("method", ["grpo", "reinforce++"])
+def test_a_penalty_in_the_reward_holds_the_policy_near_the_reference(method: str, config, tmp_path: Path):
+    common = {"train__steps": 25, "kl__where": "reward", "rollout__group_size": 8, "rollout__prompts_per_step": 4}
+    for name, coef in (("loose", 1e-6), ("tight", 0.5)):
+        train(config(method, name, kl__coef=coef, **common))
+    loose, tight = (column(tmp_path / name, "train/kl") for name in ("loose", "tight"))
+    assert loose[0] == tight[0] == pytest.approx(0, abs=1e-6)
+    assert tight[-1] < 0.5 * loose[-1]
+    assert len(column(tmp_path / "tight", "train/kl_penalty")) == 25
 
 
 # --- sanity -----------------------------------------------------------------------------------------------

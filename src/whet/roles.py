@@ -26,6 +26,7 @@ from whet.methods import REFERENCE, Method
 from whet.models.adapters import has_adapter, reference_is_adapter_off
 from whet.models.digest import digest
 from whet.models.load import load_model, stop_token_ids
+from whet.models.source import adapter_base
 
 logger = logging.getLogger(__name__)
 
@@ -172,8 +173,11 @@ def frozen_models(config: RunConfig, method: Method) -> dict[str, ModelConfig]:
 
 def critic_of(config: RunConfig) -> ModelConfig:
     """The model that a critic of its own begins as."""
-    path = config.critic.path
-    return config.model if path is None else config.model.model_copy(update={"path": path, "revision": None})
+    if config.critic.path is None:
+        return config.model
+    critic = config.model.model_copy(update={"path": config.critic.path, "revision": None})
+    # An adapter is trained on; there is no second one on top of it.
+    return critic if adapter_base(critic) is None else critic.model_copy(update={"adapter": None})
 
 
 @dataclass(frozen=True)

@@ -189,3 +189,19 @@ def test_a_model_that_needs_content_is_not_estimated(tmp_path: Path, tiny_qwen: 
     monkeypatch.setattr("whet.check.memory.rehearse", routes)
     examined = found("sft", tmp_path, tiny_qwen)
     assert examined.memory is None and not examined.errors.errors
+
+
+def test_a_critic_of_its_own_is_counted_with_its_optimizer_and_a_shared_one_is_not(tmp_path: Path, tiny_qwen: Path):
+    given = {"reward": "math", "rollout__prompts_per_step": 4}
+    memory = found("ppo", tmp_path, tiny_qwen, **given).memory
+    assert memory is not None
+    assert memory.peak.parts["critic"] == 3 * memory.peak.parts["weights"]
+    names = [moment.name for moment in memory.moments]
+    assert "critic: backward pass" in names
+    shared = found("ppo", tmp_path, tiny_qwen, **given, critic__shared=True).memory
+    assert shared is not None and "critic" not in shared.peak.parts
+
+
+def test_the_folder_of_a_critic_is_looked_at_before_a_model_is_loaded(tmp_path: Path, tiny_qwen: Path):
+    errors = found("ppo", tmp_path, tiny_qwen, reward="math", critic__path=str(tmp_path / "none")).errors.errors
+    assert any("critic.path is" in str(error) for error in errors)

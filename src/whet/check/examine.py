@@ -28,7 +28,7 @@ from whet.methods import METHODS, Method, completed
 from whet.models.load import check_model_folder, load_tokenizer, stop_tokens_in_files
 from whet.models.vocabulary import check_same_vocabulary
 from whet.recipe import method_of
-from whet.roles import backend_maker, engine_maker, frozen_models, resamples
+from whet.roles import backend_maker, critic_of, engine_maker, frozen_models, resamples
 from whet.schedule import Schedule, plan
 
 logger = logging.getLogger(__name__)
@@ -108,9 +108,23 @@ def _models(found: Examined) -> int | None:
             positions = min((one for one in (positions, theirs) if one is not None), default=None)
             if found.tokenizer is not None:
                 check_same_vocabulary(found.tokenizer, model, where=setting)
+    if found.method is not None and "critic" in found.method.trains:
+        positions = _critic(found, positions)
     if found.tokenizer is not None and found.method is not None and not found.method.scores:
         with errors.going_on():
             found.stop_token_ids = stop_tokens_in_files(config.model, found.tokenizer)
+    return positions
+
+
+def _critic(found: Examined, positions: int | None) -> int | None:
+    """The critic's folder, which may be a reward model's. Returns how many positions all models have."""
+    setting = "model.path" if found.config.critic.path is None else "critic.path"
+    with found.errors.going_on(), _named(setting):
+        critic = critic_of(found.config)
+        theirs = check_model_folder(critic, scores=True)
+        positions = min((one for one in (positions, theirs) if one is not None), default=None)
+        if found.tokenizer is not None and setting == "critic.path":
+            check_same_vocabulary(found.tokenizer, critic, where=setting)
     return positions
 
 

@@ -28,7 +28,7 @@ from whet.methods import Method
 from whet.models import adapters
 from whet.models.parts import base
 from whet.models.source import adapter_base, load_config
-from whet.roles import frozen_models
+from whet.roles import critic_of, frozen_models
 
 MIB = 2**20
 PROCESS = 420 * MIB
@@ -100,16 +100,26 @@ def estimate(config: RunConfig, method: Method, work: Work) -> Estimate:
         "frozen models": sum(held_by(outline(cfg, load_config(cfg)), cfg).weights for cfg in _beside(config, method)),
         "optimizer": 2 * held.trained,  # the two moments of AdamW, in the type of the weights
     }
-    peaks = rehearse(
-        config.model,
-        settings,
-        work.micro,
-        autocast=autocast,
-        checkpointing=config.backend.activation_checkpointing,
-        chunk_mb=config.backend.head_chunk_mb,
-    )
+    how = {
+        "autocast": autocast,
+        "checkpointing": config.backend.activation_checkpointing,
+        "chunk_mb": config.backend.head_chunk_mb,
+    }
+    peaks = rehearse(config.model, settings, work.micro, **how)
+    if "critic" in method.trains:
+        critic = critic_of(config)
+        read = load_config(adapter_base(critic) or critic)
+        of_critic = held_by(outline(critic, read), critic)
+        static["critic"] = of_critic.weights + 2 * of_critic.trained  # with its optimizer
     holes = HEAP_HOLES * peaks.small if device == "cpu" else 0.0
     moments = [*_training({**static, "heap": holes}, held, peaks, again=work.micro.again)]
+    if "critic" in method.trains:
+        own = peaks if config.critic.path is None else rehearse(critic, read, work.micro, **how)
+        # What its head of one number keeps is nothing beside that of all words, which is counted here.
+        moments += [
+            Moment(f"critic: {one.name}", one.parts)
+            for one in _training({**static, "heap": holes}, of_critic, own, again=work.micro.again)
+        ]
     if work.decoded:
         kept = config.engine.kept_mb(has_env=config.env is not None) * 2**20
         sampling = _sampling(settings, work, autocast, config.model)

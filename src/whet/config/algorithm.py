@@ -115,7 +115,7 @@ class MixConfig(Config):
 
 
 METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "dapo": {"shaping.overlong_buffer": 0.2},
+    "dapo": {"shaping.overlong_buffer": 0.2, "rollout.filter": {"use": "nonzero_std"}},
     "rloo": {"kl.where": "reward"},
     "reinforce++": {"kl.where": "reward", "rollout.group_size": 1},
     "reinforce++-baseline": {"kl.where": "reward"},
