@@ -1,9 +1,9 @@
 """Does each algorithm learn? A tiny model made from nothing, a stated reward, three seeds, minutes on a CPU.
 
-python -m benchmarks.learns [METHOD …] [--seeds 3] [--steps 60] [--output FOLDER]
+python -m benchmarks.learns [METHOD …] [--seeds 3] [--steps 40] [--output FOLDER]
 
 The prompt is one of six letters, the answer four bytes, the reward the share of bytes that are that letter. Before it
-comes a short supervised warm-up on answers of these letters, the right one three times as likely as each other. `opd`
+comes a supervised warm-up on answers of these letters, the right one three times as likely as each other. `opd`
 has no reward: its teacher was taught the right answers. Prints the reward of the first and of the last three steps by
 run and seed, and ends with 1 unless every run has risen by RISE.
 """
@@ -33,7 +33,7 @@ LETTERS = "abcdef"
 RISE = 0.2
 QUIET = {"log.progress": False, "log.tensorboard": False, "checkpoint.resume": False}
 COMMON = {
-    **{"optim.lr": 3e-3, "optim.schedule": "constant", "optim.weight_decay": 0.0},
+    **{"optim.lr": 1e-3, "optim.schedule": "constant", "optim.weight_decay": 0.0},
     **{"rollout.max_tokens": 4, "rollout.optimizer_steps": 2},
 }
 GROUPS = {"rollout.prompts_per_step": 12, "rollout.group_size": 8}
@@ -61,7 +61,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="*", metavar="METHOD", help=f"among {', '.join(RUNS)}; all when not given")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--output", help="folder for the runs; a temporary one when not given")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -89,8 +89,8 @@ def prepare(folder: Path) -> None:
     write(folder / "any.jsonl", [{"prompt": f"{c}:", "response": text} for c, text in anything])
     write(folder / "right.jsonl", [{"prompt": f"{c}:", "response": 4 * c} for c in LETTERS])
     make_tiny(folder / "nothing")
-    for name, rows, steps in (("model", "any", 100), ("teacher", "right", 50)):
-        train("sft", folder, name, 0, {"model.path": folder / "nothing", "data.train": folder / f"{rows}.jsonl"}, steps)
+    for name, start, rows, steps in (("model", "nothing", "any", 400), ("teacher", "model", "right", 100)):
+        train("sft", folder, name, 0, {"model.path": folder / start, "data.train": folder / f"{rows}.jsonl"}, steps)
 
 
 def trained(run: str, seed: int, folder: Path, steps: int) -> tuple[float, float]:
