@@ -262,21 +262,38 @@ def weights(batch: Batch, kind: WeightKind, *, max_length: int | None = None, on
     tokens; sequences without any weigh nothing. `fixed_length` [T]: 1 / (N * max_length), Dr. GRPO
     (arXiv:2503.20783). `row` [N]: mean over sequences. `pair` [U]: mean over units. All but `fixed_length`
     sum to one, so nothing that runs a part of the batch divides again. `on` leaves all but those sequences out.
+    Sequences that share a rollout id are as one: the mean is over all their tokens, and they count once.
     """
     part = torch.ones_like(batch.lengths, dtype=torch.bool) if on == "all" else batch["labels"] == 1
     mask = (batch.loss_mask & part[batch.sequence_ids]).double()
     if kind == "token":
         values = mask / mask.sum().clamp(min=1)
     elif kind == "sequence":
-        trained = batch.num_trained
-        values = mask / trained.clamp(min=1)[batch.sequence_ids] / ((trained > 0) & part).sum().clamp(min=1)
+        rollouts = _rollouts(batch)
+        trained = _sums(batch.num_trained * part, rollouts)
+        values = mask / trained.clamp(min=1)[rollouts][batch.sequence_ids] / (trained > 0).sum().clamp(min=1)
     elif kind == "fixed_length":
         assert max_length, "fixed_length weights need max_length"
-        values = mask / (part.sum() * max_length)
+        values = mask / ((_sums(part.long(), _rollouts(batch)) > 0).sum() * max_length)
     elif kind == "row":
-        values = part.double() / part.sum().clamp(min=1)
+        sizes = _sums(part.long(), rollouts := _rollouts(batch))
+        values = part.double() / sizes.clamp(min=1)[rollouts] / (sizes > 0).sum().clamp(min=1)
     elif kind == "pair":
         values = torch.full((batch.num_units,), 1 / batch.num_units, dtype=torch.float64, device=mask.device)
     else:
         raise AssertionError(f"unknown kind of weights: {kind}")
     return values.float()
+
+
+def _rollouts(batch: Batch) -> Tensor:
+    """[N] the number of each sequence's rollout in this batch; without rollout ids each is its own."""
+    if "rollout_ids" not in batch:
+        return torch.arange(batch.num_sequences, device=batch.tokens.device)
+    pairs = torch.stack([batch.unit_ids, batch["rollout_ids"]])
+    return torch.unique(pairs, dim=1, return_inverse=True)[1]
+
+
+def _sums(values: Tensor, groups: Tensor) -> Tensor:
+    """[N] -> [G] sums of the values of each group."""
+    zeros = torch.zeros(int(groups.max()) + 1, dtype=values.dtype, device=values.device)
+    return zeros.index_add(0, groups, values)

@@ -28,6 +28,7 @@ COLUMNS: dict[str, Column] = _table(
     Column("rewards", "sequence", "float32", "the reward function's number for a sequence", "source: rollouts"),
     Column("baseline_rewards", "unit", "float32", "the reward of the greedy completion", "source: rollouts"),
     Column("truncated", "sequence", "float32", "1 where a completion was cut off at its longest", "source: rollouts"),
+    Column("rollout_ids", "sequence", "int64", "within its unit, the rollout that it is a part of", "source: rollouts"),
     Column("labels", "sequence", "float32", "1 chosen or desirable, 0 rejected or undesirable", "source: rows"),
     Column("margins", "unit", "float32", "by how much chosen should be ahead of rejected", "source: rows"),
     Column("sampler_logprobs", "token", "float32", "logprob under the engine that sampled", "source: rollouts"),

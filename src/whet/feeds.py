@@ -37,6 +37,7 @@ from whet.rewards.score import RewardScorer
 from whet.rewards.unjudged import Unjudged
 from whet.roles import Policy
 from whet.rollout.filters import build_choices
+from whet.rollout.generate import build_generate
 from whet.rollout.journal import FILE
 from whet.rollout.protocols import EnvFactory, Source
 from whet.rollout.replay import Replay
@@ -140,7 +141,7 @@ class PromptFeed:
         with Gathering.of(errors) as errors:
             self.env, tools = build_env(None), None
             with errors.going_on():
-                self.env = build_env(config.env, tokenizer, config.data.template_kwargs)
+                self.env = build_player(config, tokenizer)
                 tools = getattr(self.env, "tools", None)
             self.replay = None
             if config.debug.train_only is not None:
@@ -279,6 +280,13 @@ def _read_mix(config: RunConfig, tokenizer: PreTrainedTokenizerBase, errors: Gat
         found = prepare(data, config.mix.data, tokenizer, what="mix", errors=errors, task="sft")
         logger.info("mixed data: %s", found.report)
     return found
+
+
+def build_player(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> EnvFactory:
+    """What plays the episodes: the environment, or the function of `rollout.generate`. Raises ConfigError."""
+    if config.rollout.generate is None:
+        return build_env(config.env, tokenizer, config.data.template_kwargs)
+    return build_generate(config.rollout.generate, config)
 
 
 def _read(config: RunConfig, tokenizer: PreTrainedTokenizerBase, read: Callable, errors: Gathering):

@@ -169,6 +169,9 @@ class Episode:
             loss_mask=tuple(self.loss_mask),
             sampler_logprobs=tuple(self.sampler_logprobs),
             reward=self.reward,
-            columns={"truncated": float(self.status == "truncated")},
+            columns={
+                "truncated": float(self.status == "truncated"),
+                **({"rollout_ids": self.rollout} if self.rollout is not None else {}),
+            },
             metadata={"index": self.index, "status": self.status, "rewards": dict(self.rewards)},
         )

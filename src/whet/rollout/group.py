@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from whet.engines.protocol import Engine
 from whet.rollout.episode import Play, response_decoder
+from whet.rollout.generate import GeneratedPlay, begin
 from whet.rollout.protocols import EnvFactory, Scorer
 from whet.rollout.seeds import derive_seed
 from whet.types import Episode, Prompt, Sampling
@@ -49,6 +50,8 @@ class Group:
 
     def restart(self) -> None:
         """Forget all that was sampled."""
+        # What a rollout was split into is not there before it is sampled.
+        self.episodes = [one for one in self.episodes if one.rollout in (None, one.index)]
         for episode in self.members:
             episode.restart()
 
@@ -93,7 +96,7 @@ class GroupPlayer:
         self._timeout_s = timeout_s
         self._retries = retries
         self._decode = response_decoder(tokenizer, sampling.stop_token_ids)
-        self._plays: dict[tuple[str, int], Play] = {}
+        self._plays: dict[tuple[str, int], Play | GeneratedPlay] = {}
         self.last_end = 0.0
         """When the last episode ended, by the monotonic clock, its reward aside."""
 
@@ -124,7 +127,8 @@ class GroupPlayer:
         group is left without the judgement of the whole.
         Raises EngineError if the engine fails; the other episodes are then cancelled.
         """
-        await gather_or_cancel(self._play_to_the_end(episode, ended) for episode in group.members)
+        parts = await gather_or_cancel(self._play_to_the_end(episode, ended) for episode in group.members)
+        group.episodes = with_parts(group.episodes, parts)
         if any(episode.status == "aborted" for episode in group.members):
             return
         if group.baseline is not None:
@@ -137,31 +141,36 @@ class GroupPlayer:
             if (play := self._plays.pop((episode.group, episode.index), None)) is not None:
                 await play.close()
 
-    async def _play_to_the_end(self, episode: Episode, ended: Callable[[Episode], None]) -> None:
+    async def _play_to_the_end(self, episode: Episode, ended: Callable[[Episode], None]) -> list[Episode]:
+        """Play and score an episode; returns what its rollout was split into besides, scored too."""
+        parts: list[Episode] = []
         if episode.reward is not None or episode.status == "failed":
-            return
+            return parts
         for attempt in range(self._retries + 1):
             if attempt:
                 episode.restart()
             if episode.status in ("pending", "aborted"):
-                await self._play_one(episode, attempt)
+                parts = await self._play_one(episode, attempt)
             if episode.status == "aborted":
-                return
-            await self._scorer.score(episode)
+                return []
+            for one in (episode, *parts):
+                await self._scorer.score(one)
             if episode.status != "failed":
                 break
-        ended(episode)
+        if not parts:  # a rollout of several is whole with its group
+            ended(episode)
+        return parts
 
-    async def _play_one(self, episode: Episode, attempt: int) -> None:
+    async def _play_one(self, episode: Episode, attempt: int) -> list[Episode]:
         key = (episode.group, episode.index)
         play = self._plays.pop(key, None)
         if play is None or play.episode is not episode or play.closed:
             try:
-                play = Play(episode, self._env(episode.prompt, self._tokenizer))
+                play = begin(episode, self._env, self._tokenizer)
             except Exception as error:  # an environment is the user's code: any failure of it costs one episode
                 told = f"making the environment raised {type(error).__name__}: {error}"
                 episode.status, episode.error = "failed", told
-                return
+                return []
         greedy = episode.index == BASELINE_INDEX
         sampling = replace(self._sampling, temperature=0.0) if greedy else self._sampling
         seed = derive_seed(self._seed, attempt) if attempt else self._seed
@@ -170,6 +179,15 @@ class GroupPlayer:
         if play.closed:
             self._plays.pop(key, None)
         self.last_end = time.monotonic()
+        return play.parts if isinstance(play, GeneratedPlay) and not greedy else []
+
+
+def with_parts(episodes: Sequence[Episode], parts: Sequence[Sequence[Episode]]) -> list[Episode]:
+    """The episodes of a group and, after them, the further parts of their rollouts, numbered on."""
+    found = [*episodes, *(part for listed in parts for part in listed)]
+    for index, part in enumerate(found[len(episodes) :], len(episodes)):
+        part.index = index
+    return found
 
 
 async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> Sequence[Result]:

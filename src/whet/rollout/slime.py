@@ -24,7 +24,8 @@ class Status(enum.Enum):
 
 @dataclass
 class SlimeSample:
-    """A view of an episode under slime's names. What a function writes to it is not read again."""
+    """A view of an episode under slime's names. What a function writes to it is read again by `rollout.generate`
+    only, and `remove_sample` by `rollout.sample_filter`."""
 
     Status = Status
 
