@@ -27,6 +27,7 @@ from runs import (
 from whet.compose import compose
 from whet.config.run import RunConfig
 from whet.data.source import epoch_order
+from whet.errors import ConfigError
 from whet.rollout.journal import FILE, RolloutJournal
 
 NUM_KILLS = int(os.environ.get("WHET_TEST_KILLS", "4"))
@@ -145,3 +146,40 @@ def test_a_journal_that_is_gone_is_told_and_the_run_goes_on(config, caplog):
     with caplog.at_level("WARNING", "whet"):
         train(config(**MODES["oversampled"], train__steps=STEPS + 1))
     assert "groups that were left over are not sampled on" in caplog.text
+
+
+class Backwards:
+    """Gives the rows from the last to the first, again and again."""
+
+    def __init__(self, rows, *, skip: int = 0) -> None:
+        self.rows, self.next, self.skip = rows, 0, skip
+
+    async def take(self, n: int) -> list:
+        prompts = self.rows._prompts
+        taken = [prompts[-1 - self.skip - (self.next + i) % (len(prompts) - self.skip)] for i in range(n)]
+        self.next += n
+        return taken
+
+    def state_dict(self) -> dict:
+        return {"next": self.next}
+
+    def load_state_dict(self, state) -> None:
+        self.next = state["next"]
+
+
+def test_prompts_may_come_from_a_source_of_the_users(config):
+    source = {"use": "test_run_rollouts:Backwards", "skip": 2}
+    train(config(rollout__source=source, train__steps=3))
+    train(made := config(rollout__source=source, train__steps=4))
+    journal = RolloutJournal(Path(made.output_dir) / FILE)
+    assert [prompt for _, prompt, *_ in journal.census()] == [f"train/{17 - i}" for i in range(16)]
+    journal.close()
+
+
+def test_a_source_without_its_methods_is_refused(config):
+    with pytest.raises(ConfigError, match=r"'test_run_rollouts:nothing'.* no take and no state_dict"):
+        compose(config(rollout__source={"use": "test_run_rollouts:nothing"}))
+
+
+def nothing(rows):
+    return object()
