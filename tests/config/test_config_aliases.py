@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from whet.config.aliases import ALIASES, PREFIXES
+from whet.config.base import Plugin
 from whet.config.loader import Loaded, from_values, load
 from whet.config.names import find, is_open
 from whet.config.rules import METHOD_NAMES
 from whet.errors import ConfigError
+from whet.recipe import method_of
 
 NO_EFFECT = "no effect"
 REFUSED = "refused"
@@ -163,10 +165,34 @@ SLIME: Mapping[str, tuple[Any, Any]] = {
     "entropy-coef": (0.01, {"entropy_coef": 0.01}),
     "eps-clip": (0.2, {"loss": {"clip_low": 0.2, "clip_high": 0.2}}),
     "eps-clip-high": (0.28, {"loss": {"clip_high": 0.28}}),
-    "over-sampling-batch-size": (64, REFUSED),
-    "dynamic-sampling-filter-path": ("slime.rollout.filter_hub.f", REFUSED),
-    "partial-rollout": (True, REFUSED),
-    "buffer-filter-path": ("a.b", REFUSED),
+    "over-sampling-batch-size": (64, {"rollout.oversampling": 64}),
+    "dynamic-sampling-filter-path": (
+        "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std",
+        {"rollout.filter": Plugin(use="nonzero_std")},
+    ),
+    "rollout-sample-filter-path": ("my.f", {"rollout.sample_filter": Plugin(use="my.f")}),
+    "custom-generate-function-path": ("my.generate", {"rollout.generate": Plugin(use="my.generate")}),
+    "rollout-function-path": ("slime.rollout.sglang_rollout.generate_rollout", {"rollout.mode": "sync"}),
+    "data-source-path": ("slime.rollout.data_source.RolloutDataSourceWithBuffer", {"rollout.source": None}),
+    "kl-coef": (0.01, {"kl.coef": 0.01, "kl.where": "reward"}),
+    "use-unbiased-kl": (True, {"kl.unbiased": True}),
+    "eps-clip-c": (3.0, {"loss": {"dual_clip": 3.0}}),
+    "normalize-advantages": (True, {"shaping.whiten": True}),
+    "use-tis": (True, {"correction.use": "tis"}),
+    "use-opsm": (True, {"correction.opsm": 1e-4}),
+    "opsm-delta": (0.01, {"correction.opsm": 0.01}),
+    "custom-tis-function-path": ("a.b", REFUSED),
+    "critic-load": ("m_dist", REFUSED),
+    "eval-top-k": (-1, {"eval.top_k": 0}),
+    "eval-temperature": (0.5, {"eval.temperature": 0.5}),
+    "eval-max-prompt-len": (9, REFUSED),
+    "skip-eval-before-train": (True, {"eval.at_start": False}),
+    "log-passrate": (True, NO_EFFECT),
+    "debug-rollout-only": (True, {"debug.rollout_only": True}),
+    "debug-train-only": ("runs/a", {"debug.train_only": "runs/a"}),
+    "save-debug-rollout-data": ("dump/{rollout_id}.pt", {"log.rollouts": True}),
+    "dump-details": ("dump", {"log.rollouts": True}),
+    "load-debug-rollout-data": ("dump/{rollout_id}.pt", REFUSED),
     "rm-type": ("exact", {"reward.use": "exact"}),
     "custom-rm-path": ("a.b.reward", {"reward.use": "a.b.reward"}),
     "prompt-data": ("p.jsonl", {"data.train": "p.jsonl"}),
@@ -392,23 +418,108 @@ def test_every_method_of_the_toolkit_goes_with_every_mode(name: str, method: str
     assert (config.model.quantization is not None) == (mode == "qlora")
 
 
-def test_ppo_of_the_toolkit_is_refused_with_what_there_is_instead():
-    assert "rlhf_type is 'PPO' (from the call), but it cannot be PPO: PPO needs a critic" in error_of(rlhf_type="PPO")
-    assert "it must be RLOO, CPO, DPO" in error_of(rlhf_type="DPOO")
-
-
-def test_rloo_of_the_toolkit_is_grpo_with_its_credit():
-    values = {**base_of("grpo", {}), "rlhf_type": "RLOO"}
-    config = from_values(values).config
-    assert (config.method, config.credit.use, config.loss) == ("grpo", "rloo", {"use": "reinforce"})
+def test_the_methods_of_the_toolkit_that_sample_are_methods_here():
+    for name in ("PPO", "RLOO"):
+        config = from_values({**base_of("grpo", {}), "rlhf_type": name}).config
+        assert (config.method, config.credit, config.loss) == (name.lower(), None, {})
     assert "but the command is sft" in error_of("sft", rlhf_type="RLOO")
+    assert "it must be PPO, RLOO, CPO, DPO" in error_of(rlhf_type="DPOO")
 
 
-@pytest.mark.parametrize("name", ["gspo", "reinforce_plus_plus", "ppo"])
-def test_estimators_that_are_not_here_are_refused(name: str):
-    assert f"cannot be {name} in this version; use grpo, grpo_no_std or rloo" in error_of(
-        "grpo", advantage_estimator=name
+@pytest.mark.parametrize(
+    "name,credit,loss",
+    [
+        ("grpo", "grpo", {}),
+        ("gspo", "grpo", {"use": "gspo"}),
+        ("reinforce_plus_plus", "reinforce_plus_plus", {}),
+        ("reinforce_plus_plus_baseline", "reinforce_plus_plus_baseline", {}),
+        ("ppo", "gae", {}),
+    ],
+)
+def test_estimators_are_credit_rules_or_losses(name: str, credit: str, loss: dict):
+    config = read("grpo", advantage_estimator=name).config
+    assert (config.credit.use, config.loss) == (credit, loss)
+    assert method_of(config).credit[0].name == credit
+
+
+def test_the_names_of_a_critic_go_with_its_estimator():
+    names = {"critic_lr": 1e-5, "value_clip": 0.3, "num_critic_only_steps": 5, "gamma": 0.9, "lambd": 0.95}
+    config = read("grpo", advantage_estimator="ppo", **names).config
+    assert (config.critic.lr, config.critic.value_clip, config.critic.warmup_steps) == (1e-5, 0.3, 5)
+    assert config.credit.options == {"gamma": 0.9, "lam": 0.95}
+    assert "critic.lr is given, but" in error_of("grpo", critic_lr=1e-5)
+
+
+def test_sampling_as_in_the_guide_to_dynamic_sampling_and_partial_rollout():
+    path = "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
+    names = {"rollout_batch_size": 32, "n_samples_per_prompt": 8, "over_sampling_batch_size": 64}
+    names |= {"dynamic_sampling_filter_path": path, "partial_rollout": True}
+    names |= {"mask_offpolicy_in_partial_rollout": True, "buffer_filter_path": "my.buffers.newest"}
+    rollout = read("grpo", **names).config.rollout
+    assert (rollout.oversampling, rollout.filter.use, rollout.partial) == (64, "nonzero_std", True)
+    assert (rollout.mask_offpolicy, rollout.buffer.use) == (True, "my.buffers.newest")
+    assert "rollout.oversampling is 16" in error_of("grpo", over_sampling_batch_size=16)
+    assert "cannot be slime's check_no_aborted" in error_of(
+        "grpo", dynamic_sampling_filter_path="slime.rollout.filter_hub.check_no_aborted"
     )
+
+
+def test_corrections_have_their_limits():
+    correction = read("grpo", use_tis=True, tis_clip=3.0, tis_clip_low=0.1).config.correction
+    assert (correction.use, correction.limits) == ("tis", (0.1, 3.0))
+    assert read("grpo", use_opsm=True, opsm_delta=0.01).config.correction.opsm == 0.01
+
+
+def test_a_penalty_stands_in_the_loss_or_in_the_reward():
+    in_loss = read("grpo", use_kl_loss=True, kl_loss_coef=0.01, kl_loss_type="k2", kl_coef=0).config.kl
+    assert (in_loss.where, in_loss.coef, in_loss.type) == ("loss", 0.01, "k2")
+    in_reward = read("grpo", kl_coef=0.01).config.kl
+    assert (in_reward.where, in_reward.coef) == ("reward", 0.01)
+    assert "kl.where is given twice" in error_of("grpo", use_kl_loss=True, kl_coef=0.1)
+
+
+def test_a_rollout_function_is_a_mode_or_refused():
+    path = "examples.fully_async.fully_async_rollout.generate_rollout_fully_async"
+    assert read("grpo", rollout_function_path=path).config.rollout.mode == "async"
+    assert "rollout.generate" in error_of("grpo", rollout_function_path="my.rollout")
+    assert "must be a folder" in error_of("grpo", debug_train_only=True)
+
+
+@pytest.mark.parametrize(
+    "values,path,expected",
+    [
+        ({"loss_type": "cispo"}, "loss", {"use": "cispo"}),
+        ({"loss_type": "sapo", "sapo_temperature_neg": 1.1}, "loss", {"use": "sapo", "tau_negative": 1.1}),
+        ({"importance_sampling_level": "sequence"}, "loss", {"use": "gspo"}),
+        ({"importance_sampling_level": "token"}, "loss", {}),
+        ({"num_iterations": 4}, "rollout.num_ppo_epochs", 4),
+        ({"num_ppo_epochs": 4}, "rollout.num_ppo_epochs", 4),
+        ({"num_mini_batches": 2}, "rollout.optimizer_steps", 2),
+        ({"mask_truncated_completions": True}, "shaping.mask_truncated", True),
+        ({"reward_clip_range": [-5.0, 5.0]}, "shaping.clip", 5.0),
+        ({"off_policy_mask_threshold": 0.5}, "correction.opsm", 0.5),
+        ({"use_bias_correction_kl": True}, "kl.unbiased", True),
+        ({"num_generations_eval": 4}, "eval.num_samples", 4),
+        ({"log_completions": True}, "log.rollouts", "parquet"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "data.template_kwargs", {"enable_thinking": False}),
+        ({"kl_estimator": "k1", "kl_coef": 0.05}, "kl.type", "k1"),
+        ({"cliprange": 0.1}, "loss", {"clip_low": 0.1, "clip_high": 0.1}),
+        ({"rloo_k": 4}, "rollout.group_size", 4),
+        ({"response_length": 53}, "rollout.max_tokens", 53),
+    ],
+)
+def test_what_trl_calls_the_settings_of_reinforcement_learning(values: dict, path: str, expected: Any):
+    assert value_at(read("grpo", **values), path) == expected
+
+
+def test_ppo_of_trl_has_its_own_names():
+    names = {"cliprange_value": 0.3, "lam": 0.9, "gamma": 1.0, "whiten_rewards": True, "vf_coef": 0.2}
+    config = from_values(
+        {"model": "tiny", "data.train": "a", "reward_model_path": "rm", "critic.shared": True, **names}, method="ppo"
+    ).config
+    assert (config.critic.value_clip, config.critic.coef, config.shaping.whiten) == (0.3, 0.2, True)
+    assert (config.reward.use, config.reward.options) == ("model", {"path": "rm"})
+    assert "must be a range around zero" in error_of("grpo", reward_clip_range=[-1, 2])
 
 
 @pytest.mark.parametrize(
@@ -435,7 +546,7 @@ def test_a_loss_type_means_what_it_means_to_the_method(method: str, value: str, 
         ("cpo", {"loss_type": "hinge"}, "cannot be hinge: without a reference"),
         ("dpo", {"loss_type": "kto_pair"}, "use method kto"),
         ("kto", {"loss_type": "sigmoid"}, "on labelled completions there is kto"),
-        ("grpo", {"loss_type": "sapo"}, "cannot be sapo in this version"),
+        ("grpo", {"loss_type": "luspo"}, "cannot be luspo; use grpo, dapo"),
         ("reward", {"loss_type": "sigmoid"}, "cannot be honoured by reward: it has one loss"),
         ("sft", {"beta": 0.1}, "cannot be honoured by sft: its loss has no beta"),
         ("kto", {"label_smoothing": 0.1}, "cannot be honoured by kto: its loss has none"),

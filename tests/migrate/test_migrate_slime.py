@@ -255,24 +255,43 @@ def test_credit_and_weights_are_kept(imported: Import, flags: str, credit: str, 
     assert config.credit is not None and (config.credit.use, config.loss.get("weight")) == (credit, weight)
 
 
-@pytest.mark.parametrize("name", ["ppo", "gspo", "reinforce_plus_plus"])
-def test_other_estimators_are_told(imported: Import, name: str):
-    result = imported("slime", small("--n-samples-per-prompt 4 --advantage-estimator", name), "run.sh")
-    assert loaded(result).credit is None
-    assert f"cannot be {name} in this version" in lost(result)["advantage_estimator"]
+@pytest.mark.parametrize(
+    "flags,credit,loss",
+    [
+        ("ppo --gamma 0.9 --critic-lr 1e-5", {"use": "gae", "gamma": 0.9, "lam": 1.0}, None),
+        ("gspo --gamma 0.9 --lambd 0.9 --critic-lr 1e-5", {"use": "grpo"}, "gspo"),
+        ("reinforce_plus_plus --gamma 0.9 --lambd 0.9", {"use": "reinforce_plus_plus", "gamma": 0.9}, None),
+    ],
+)
+def test_other_estimators_are_credit_or_losses(imported: Import, flags: str, credit: dict, loss: str | None):
+    result = imported("slime", small("--n-samples-per-prompt 4 --advantage-estimator", flags), "run.sh")
+    config = loaded(result)
+    assert config.credit is not None and config.credit.model_dump() == credit
+    assert config.loss.get("use") == loss and lost(result) == {}
+    assert config.critic.lr == (1e-5 if credit["use"] == "gae" else None)
 
 
-def test_groups_that_are_filtered_or_left_over_have_no_counterpart(imported: Import):
+def test_groups_are_filtered_and_left_over_as_in_the_guide(imported: Import):
+    hub = "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
     flags = (
-        "--n-samples-per-prompt 4 --over-sampling-batch-size 64 --partial-rollout --dynamic-sampling-filter-path a.b.c "
-        "--use-wandb --wandb-project x --kl-coef 0.1 --custom-generate-function-path a.b"
+        f"--n-samples-per-prompt 8 --rollout-batch-size 32 --over-sampling-batch-size 64 --partial-rollout "
+        f"--dynamic-sampling-filter-path {hub} --use-wandb --wandb-project x --kl-coef 0.1 --use-tis --tis-clip 3.0 "
+        "--debug-rollout-only --eval-interval 5 --eval-prompt-data aime-2024 a.jsonl gpqa b.jsonl --eval-top-k 20"
     )
     result = imported("slime", small(flags), "run.sh")
-    loaded(result)
-    assert set(lost(result)) == {
-        *("over_sampling_batch_size", "partial_rollout", "dynamic_sampling_filter_path", "use_wandb", "wandb_project"),
-        *("kl_coef", "custom_generate_function_path"),
-    }
+    config = loaded(result)
+    rollout = config.rollout
+    assert (rollout.prompts_per_step, rollout.oversampling, rollout.partial) == (32, 64, True)
+    assert rollout.filter is not None and rollout.filter.use == "nonzero_std"
+    assert (config.kl.coef, config.kl.where, config.correction.limits) == (0.1, "reward", (0.0, 3.0))
+    assert config.debug.rollout_only and config.eval.at_start and config.eval.top_k == 20
+    assert {name: one.path for name, one in config.eval.sets.items()} == {"aime_2024": "a.jsonl", "gpqa": "b.jsonl"}
+    assert set(lost(result)) == {"use_wandb", "wandb_project"}
+
+
+def test_the_other_command_samples_ahead(imported: Import):
+    text = small("--n-samples-per-prompt 4").replace("train.py", "train_async.py")
+    assert loaded(imported("slime", text, "run.sh")).rollout.mode == "one_step_off"
 
 
 def test_supervised_training_is_sft(imported: Import):

@@ -202,12 +202,20 @@ def test_completions_that_are_no_whole_groups_are_refused(imported: Import):
         imported("trl", GRPO.replace("num_generations: 4", "num_generations: 3"))
 
 
-def test_rloo_is_grpo_with_its_credit(imported: Import):
-    text = BASE + "reward_funcs: [accuracy_reward]\n"
-    result = imported("trl", text, method="rloo")
-    config = loaded(result)
-    assert (config.method, config.credit.use, config.loss) == ("grpo", "rloo", {"use": "reinforce"})  # type: ignore[union-attr]
+def test_rloo_takes_its_penalty_from_the_reward_here_as_there(imported: Import):
+    text = BASE + "reward_funcs: [accuracy_reward]\nepsilon: 0.1\n"
+    config = loaded(imported("trl", text, method="rloo"))
+    assert (config.method, config.credit, config.loss, config.kl.where) == ("rloo", None, {}, "reward")
     assert (config.rollout.group_size, config.rollout.prompts_per_step, config.kl.coef) == (2, 4, 0.05)
+    again = loaded(imported("trl", text + "num_iterations: 2\n", method="rloo"))
+    assert again.loss == {"use": "ppo_clip", "clip_low": 0.1, "clip_high": 0.1}
+    assert again.rollout.num_ppo_epochs == 2
+
+
+def test_the_losses_of_grpo_that_stand_for_themselves(imported: Import):
+    config = loaded(imported("trl", GRPO.replace("0.28", "5.0") + "loss_type: cispo\n"))
+    assert config.loss == {"use": "cispo", "clip_high": 4.0}
+    assert loaded(imported("trl", GRPO + "loss_type: sapo\n")).loss == {"use": "sapo"}
 
 
 def test_a_reward_of_ones_own_is_to_be_filled_in(imported: Import):

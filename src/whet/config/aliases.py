@@ -206,9 +206,9 @@ _ALL = [
     converted(
         _TOOLKIT,
         "rlhf_type",
-        "method credit.use loss.use",
+        "method",
         read.rlhf_type,
-        "`RLOO` is grpo with credit rloo and loss reinforce, `CPOSimPO` is cpo-simpo; `PPO` is refused",
+        "`CPOSimPO` is cpo-simpo",
     ),
     # What else all of Hugging Face's trainers take
     renamed(_HF, "eval_on_start", "eval.at_start"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from whet.config.algorithm_rules import CREDIT_OF, REINFORCES
 from whet.config.names import show
 from whet.config.run import RunConfig
 
@@ -64,6 +65,17 @@ def converted(
     """A name whose value is said differently here."""
     return Alias(
         name, origins, "sets", lambda value, method: convert(value), tuple(targets.split()), note, switch, check
+    )
+
+
+def of_credit(origins: tuple[str, ...], name: str, option: str) -> Alias:
+    """An option of the credit rule, which is the method's own unless another is given."""
+
+    def convert(value: object, method: str) -> Converted:
+        return {f"credit.{option}": value, "credit.use": Unless(CREDIT_OF.get(method, "gae"))}
+
+    return Alias(
+        name, origins, "sets", convert, (f"credit.{option}", "credit.use"), "of credit `gae` or `reinforce_plus_plus`"
     )
 
 
@@ -291,38 +303,31 @@ def chat(value: object) -> Converted:
     return {"data.chat": "always" if switch(value) else "never"}
 
 
-def use_kl_loss(value: object) -> Converted:
-    return {} if switch(value) else {"kl.coef": 0.0}
-
-
 def eps_clip(value: object) -> Converted:
     return {"loss.clip_low": value, "loss.clip_high": Unless(value)}
 
 
-_OTHER_ESTIMATORS = ("ppo", "gae", "gspo", "cispo", "remax", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
+_CREDITS = {"ppo": "gae", "on_policy_distillation": "opd"}
 
 
 def estimator(value: object) -> Converted:
-    if value in _OTHER_ESTIMATORS:
-        raise Refused(f"cannot be {value} in this version; use grpo, grpo_no_std or rloo")
-    return {"credit.use": value}
+    """A credit rule, or a loss that goes with that of GRPO."""
+    if value in ("gspo", "cispo", "sapo"):
+        return {"credit.use": "grpo", "loss.use": value}
+    return {"credit.use": _CREDITS.get(value, value) if isinstance(value, str) else value}
 
 
-_TYPES = {"reward": "reward", "dpo": "dpo", "kto": "kto", "cpo": "cpo", "simpo": "simpo", "cposimpo": "cpo-simpo"}
+_TYPES = {
+    **{"reward": "reward", "dpo": "dpo", "kto": "kto", "cpo": "cpo", "simpo": "simpo", "cposimpo": "cpo-simpo"},
+    **{"ppo": "ppo", "rloo": "rloo"},
+}
 
 
 def rlhf_type(value: object) -> Converted:
     kind = str(value).lower().replace("-", "").replace("_", "")
-    if kind == "rloo":
-        return {"method": "grpo", "credit.use": "rloo", "loss.use": "reinforce"}
     if kind in _TYPES:
         return {"method": _TYPES[kind]}
-    why = (
-        "PPO needs a critic, which this version does not train; use RLOO or method grpo"
-        if kind == "ppo"
-        else ("it must be RLOO, CPO, DPO, SimPO, CPOSimPO, KTO or Reward")
-    )
-    raise Refused(f"cannot be {value}: {why}")
+    raise Refused(f"cannot be {value}: it must be PPO, RLOO, CPO, DPO, SimPO, CPOSimPO, KTO or Reward")
 
 
 def whole_number(value: object) -> Converted:
@@ -333,7 +338,7 @@ def whole_number(value: object) -> Converted:
 
 def global_batch_size(config: RunConfig, value: int) -> str | None:
     """Compare the samples per optimizer step with what the other settings make of them."""
-    if config.method != "grpo":
+    if config.method not in REINFORCES:
         rows, accumulation = config.train.batch_size, config.train.accumulation
         if value == rows * accumulation:
             return None

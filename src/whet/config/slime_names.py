@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import re
-
 from whet.config import conversions as read
-from whet.config.conversions import Converted, Refused, by_method, checked, converted, idle, refused, renamed
-from whet.config.rules import REINFORCES, TRAINS
+from whet.config.conversions import Converted, checked, converted, idle, refused, renamed
+from whet.config.slime_rollout_names import SLIME_ROLLOUT_NAMES
 
 _SLIME = ("slime",)
 
 _ONE_DEVICE = "this version trains and samples in one process on one device"
 _NO_PARALLEL = "this version trains on one device; models are not split over several"
-_FILTERED = "groups are not filtered while they are sampled in this version; leave it out"
-_LEFT_OVER = (
-    "every completion is finished in the step that began it in this version, so nothing is left over; leave it out"
-)
 _REFERENCE = (
     "the reference is the model at model.path as it was before training; for another give reference.path the folder "
     "of a transformers model"
@@ -25,7 +19,6 @@ _ARCHITECTURE = "the architecture is read from the model's own config.json"
 _KERNELS = "attention, norms and sums are computed in float32 where it matters; there is nothing to choose"
 _ELSEWHERE = "it concerns processes or memory that a run on one device does not have"
 _PASSED_THROUGH = "engines beside the embedded one are not in this version; sampling is set under rollout and engine"
-_OWN_CODE = "a function of slime's own signature cannot be called here; see docs/extending.md for the one that can"
 
 
 def _grouped(value: object) -> Converted:
@@ -36,51 +29,11 @@ def _per_token(value: object) -> Converted:
     return {"loss.weight": "token"} if read.switch(value) else {}
 
 
-def _eval_files(value: object) -> Converted:
-    """`name path name path`, or one path alone."""
-    if not isinstance(value, list):
-        return {"data.eval": value}
-    if len(value) % 2:
-        raise Refused("must be pairs of a name and a file, or one file")
-    names = [re.sub(r"\W", "_", str(name)) for name in value[::2]]
-    if len(set(names)) < len(names):
-        raise Refused(f"names a set twice: {', '.join(names)}; give each a name of its own")
-    return {f"eval.sets.{name}.path": path for name, path in zip(names, value[1::2], strict=True)}
-
-
-def _eval_rows(value: object) -> Converted:
-    return {"data.eval": list(_eval_files(value).values())} if isinstance(value, list) else {"data.eval": value}
-
-
-def _eval_top_k(value: object) -> Converted:
-    return {"eval.top_k": 0 if value == -1 else value}
-
-
-def _skips_start(value: object) -> Converted:
-    return {"eval.at_start": not read.switch(value)}
-
-
-def _zero(name: str, why: str):
-    """A coefficient of something that is not here, which may be given as 0."""
-    return idle(_SLIME, name, why, only=(0, 0.0, False, None))
-
-
 SLIME_NAMES = [
+    *SLIME_ROLLOUT_NAMES,
     renamed(_SLIME, "hf_checkpoint", "model.path"),
     renamed(_SLIME, "save", "output_dir"),
     renamed(_SLIME, "prompt_data", "data.train"),
-    by_method(
-        "eval_prompt_data",
-        {
-            REINFORCES: converted(
-                _SLIME, "", "data.eval eval.sets", _eval_files, "pairs `name path` are sets, one path is `data.eval`"
-            ),
-            tuple(one for one in TRAINS if one not in REINFORCES): converted(
-                _SLIME, "", "data.eval", _eval_rows, "of pairs `name path` the paths"
-            ),
-        },
-        "it evaluates nothing; leave it out",
-    ),
     renamed(_SLIME, "input_key", "data.columns.prompt"),
     renamed(_SLIME, "label_key", "data.columns.label"),
     renamed(_SLIME, "rollout_shuffle", "data.shuffle"),
@@ -107,13 +60,6 @@ SLIME_NAMES = [
         off=(None,),
     ),
     refused(_SLIME, "ref_load", _REFERENCE, off=(None,)),
-    renamed(_SLIME, "eval_interval", "eval.every_steps"),
-    renamed(_SLIME, "n_samples_per_eval_prompt", "eval.num_samples"),
-    renamed(_SLIME, "eval_max_response_len", "eval.max_tokens"),
-    renamed(_SLIME, "eval_temperature", "eval.temperature"),
-    renamed(_SLIME, "eval_top_p", "eval.top_p"),
-    converted(_SLIME, "eval_top_k", "eval.top_k", _eval_top_k, "-1 is 0"),
-    converted(_SLIME, "skip_eval_before_train", "eval.at_start", _skips_start, "true is false", switch=True),
     renamed(_SLIME, "rollout_batch_size", "rollout.prompts_per_step"),
     renamed(_SLIME, "n_samples_per_prompt", "rollout.group_size"),
     renamed(_SLIME, "num_steps_per_rollout", "rollout.optimizer_steps"),
@@ -129,17 +75,6 @@ SLIME_NAMES = [
     converted(_SLIME, "rollout_top_k", "rollout.top_k", read.top_k, "-1 is 0"),
     renamed(_SLIME, "rollout_stop", "rollout.stop"),
     renamed(_SLIME, "rollout_stop_token_ids", "rollout.stop_token_ids"),
-    converted(_SLIME, "advantage_estimator", "credit.use", read.estimator, "`grpo`, `grpo_no_std` or `rloo`"),
-    converted(
-        _SLIME,
-        "use_kl_loss",
-        "kl.coef",
-        read.use_kl_loss,
-        "false is `kl.coef: 0`; true leaves it to `kl_loss_coef`",
-        switch=True,
-    ),
-    renamed(_SLIME, "kl_loss_coef", "kl.coef"),
-    renamed(_SLIME, "kl_loss_type", "kl.type"),
     converted(
         _SLIME,
         "eps_clip",
@@ -153,10 +88,6 @@ SLIME_NAMES = [
     converted(_SLIME, "group_rm", "reward.group", _grouped, "false leaves it to the function", switch=True),
     renamed(_SLIME, "reward_key", "reward.key"),
     renamed(_SLIME, "rm_url", "reward.rm_url"),
-    refused(_SLIME, "over_sampling_batch_size", _FILTERED),
-    refused(_SLIME, "dynamic_sampling_filter_path", _FILTERED),
-    refused(_SLIME, "partial_rollout", _LEFT_OVER),
-    refused(_SLIME, "buffer_filter_path", _LEFT_OVER),
     idle(_SLIME, "colocate", "engine and trainer share the device and the weights anyway", only=(True,)),
     idle(_SLIME, "actor_num_nodes", _ONE_DEVICE, only=(1,)),
     idle(_SLIME, "actor_num_gpus_per_node", _ONE_DEVICE, only=(1,)),
@@ -179,16 +110,11 @@ SLIME_NAMES = [
         "true is `token`; false leaves the mean over completions of their token means",
         switch=True,
     ),
-    _zero("kl_coef", "the penalty is a term of the loss here, never a part of the reward; use kl.coef"),
     idle(
         _SLIME, "rollout_max_context_len", "rollout.max_tokens limits completions, the model's positions all", only=None
     ),
     idle(_SLIME, "rollout_seed", "seed draws the prompts and the completions", only=None),
     idle(_SLIME, "rollout_skip_special_tokens", "special tokens are never shown to a reward"),
-    refused(_SLIME, "use_tis", "engine and trainer share the weights in this version, so nothing is to be corrected"),
-    refused(_SLIME, "normalize_advantages", "advantages are normalised within their group only; leave it out"),
-    refused(_SLIME, "custom_generate_function_path", _OWN_CODE, off=(None,)),
-    refused(_SLIME, "rollout_function_path", _OWN_CODE, off=(None,)),
     idle(_SLIME, "attention_dropout", "dropout is what the model's own config.json says", only=(0, 0.0)),
     idle(_SLIME, "hidden_dropout", "dropout is what the model's own config.json says", only=(0, 0.0)),
     *(

@@ -6,7 +6,7 @@ Some mean different things to different trainers: `beta` and `loss_type` most of
 from __future__ import annotations
 
 from whet.config import conversions as read
-from whet.config.conversions import Converted, Refused, Unless, by_method, converted, idle, refused, renamed
+from whet.config.conversions import Converted, Refused, Unless, by_method, converted, idle, of_credit, refused, renamed
 from whet.config.rules import DISTILLS, REINFORCES
 
 _TRL = ("TRL",)
@@ -60,10 +60,42 @@ def _supervised(value: object) -> Converted:
 _POLICY_WEIGHTS = {"grpo": "sequence", "dapo": "token", "bnpo": "token", "dr_grpo": "fixed_length"}
 
 
+_POLICY_LOSSES = ("cispo", "sapo")
+"""Values of GRPO's `loss_type` that are losses of their own."""
+
+
 def _policy_loss(value: object) -> Converted:
+    if value in _POLICY_LOSSES:
+        return {"loss.use": value}
     if not isinstance(value, str) or value not in _POLICY_WEIGHTS:
-        raise Refused(f"cannot be {value} in this version; use {', '.join(_POLICY_WEIGHTS)}")
+        raise Refused(f"cannot be {value}; use {', '.join((*_POLICY_WEIGHTS, *_POLICY_LOSSES))}")
     return {"loss.weight": _POLICY_WEIGHTS[value]}
+
+
+def _level(value: object) -> Converted:
+    """Of the importance ratios: those of sequences are GSPO."""
+    if value in ("token", "sequence"):
+        return {} if value == "token" else {"loss.use": "gspo"}
+    raise Refused(f"cannot be {value}; use token or sequence (gspo)")
+
+
+def _clip_range(value: object) -> Converted:
+    """A range of rewards, which is one around zero here."""
+    if value is None:
+        return {}
+    if isinstance(value, list) and len(value) == 2 and value[0] == -value[1]:
+        return {"shaping.clip": value[1]}
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {"shaping.clip": value}
+    raise Refused("must be a range around zero, as in [-10, 10] (shaping.clip: 10)")
+
+
+def _completions(value: object) -> Converted:
+    return {"log.rollouts": "parquet"} if read.switch(value) else {}
+
+
+def _reward_model(value: object) -> Converted:
+    return {} if value is None else {"reward.use": "model", "reward.path": value}
 
 
 def _unless_null(target: str):
@@ -127,9 +159,10 @@ TRL_NAMES = [
             REINFORCES: converted(
                 _TRL,
                 "",
-                "loss.weight",
+                "loss.weight loss.use",
                 _policy_loss,
-                "`grpo` is `sequence`, `dapo` and `bnpo` are `token`, `dr_grpo` is `fixed_length`",
+                "`grpo` is weight `sequence`, `dapo` and `bnpo` are `token`, `dr_grpo` is `fixed_length`; `cispo` (its "
+                "`epsilon_high` is `loss.clip_high` + 1) and `sapo` are losses",
             ),
         },
         "it has one loss; choose another with loss.use",
@@ -215,14 +248,64 @@ TRL_NAMES = [
     converted(_TRL, "epsilon_high", "loss.clip_high", _unless_null("loss.clip_high"), "null is `epsilon`"),
     converted(_TRL, "delta", "loss.dual_clip", _unless_null("loss.dual_clip"), "null leaves it off"),
     converted(_TRL, "scale_rewards", "credit.use", _scaled, "`group` is `grpo`, `none` is `grpo_no_std`"),
-    idle(_TRL, "num_iterations", "samples are trained on once; rollout.optimizer_steps divides them", only=(1,)),
-    idle(_TRL, "importance_sampling_level", "ratios are those of tokens in this version", only=("token",)),
+    renamed(_TRL, "num_iterations", "rollout.num_ppo_epochs"),
+    renamed(_BOTH, "num_ppo_epochs", "rollout.num_ppo_epochs"),
+    renamed(_BOTH, "num_mini_batches", "rollout.optimizer_steps"),
+    converted(_TRL, "importance_sampling_level", "loss.use", _level, "`sequence` is `gspo`, `token` the default"),
+    renamed(_TRL, "sapo_temperature_pos", "loss.tau_positive"),
+    renamed(_TRL, "sapo_temperature_neg", "loss.tau_negative"),
+    renamed(_TRL, "mask_truncated_completions", "shaping.mask_truncated"),
+    converted(_TRL, "reward_clip_range", "shaping.clip", _clip_range, "a range around zero"),
+    converted(
+        _TRL,
+        "off_policy_mask_threshold",
+        "correction.opsm",
+        _unless_null("correction.opsm"),
+        "null leaves it off",
+    ),
+    renamed(_TRL, "use_bias_correction_kl", "kl.unbiased"),
+    idle(_TRL, "vllm_importance_sampling_correction", "the engine's weights are the trainer's own; see correction"),
+    idle(_TRL, "top_entropy_quantile", "every token is trained", only=(1, 1.0)),
+    refused(_TRL, "use_adaptive_entropy", "give entropy_coef, which stays as it is"),
+    idle(_TRL, "multi_objective_aggregation", "rewards are added by their weights", only=("sum_then_normalize",)),
+    renamed(_TRL, "num_generations_eval", "eval.num_samples"),
+    renamed(_TRL, "chat_template_kwargs", "data.template_kwargs"),
+    refused(_TRL, "generation_kwargs", _SAMPLING, off=(None, {})),
+    refused(_TRL, "max_tool_calling_iterations", "give env.max_turns of an environment with tools", off=(None,)),
+    *(
+        idle(_TRL, name, "the embedded engine batches as it goes", only=None)
+        for name in ("use_transformers_continuous_batching", "use_transformers_paged", "cache_implementation")
+    ),
+    # Of TRL's PPOConfig and earlier RLOOConfig
+    converted(_BOTH, "cliprange", "loss.clip_low loss.clip_high", _epsilon, "both limits"),
+    renamed(_BOTH, "cliprange_value", "critic.value_clip"),
+    renamed(_BOTH, "vf_coef", "critic.coef", "with `critic.shared`; a critic of its own has its own optimizer"),
+    of_credit(_BOTH, "lam", "lam"),
+    converted(_BOTH, "kl_estimator", "kl.type", _unless_null("kl.type"), ""),
+    renamed(_BOTH, "whiten_rewards", "shaping.whiten", "advantages are whitened, over the global batch"),
+    renamed(_BOTH, "response_length", "rollout.max_tokens"),
+    renamed(_BOTH, "rloo_k", "rollout.group_size"),
+    converted(
+        _BOTH, "reward_model_path", "reward.use reward.path", _reward_model, "the reward `model` with that folder"
+    ),
+    refused(_BOTH, "missing_eos_penalty", "use shaping.mask_truncated, or shaping.overlong_buffer", off=(None,)),
+    idle(_BOTH, "stop_token", "completions end with the model's end tokens", only=("eos", None)),
+    *(
+        idle(_BOTH, name, "it changes how much is computed at a time, not what", only=None)
+        for name in ("local_rollout_forward_batch_size", "ds3_gather_for_generation", "num_sample_generations")
+    ),
     refused(_TRL, "use_vllm", f"engines beside the embedded one are not in this version; {_SAMPLING}"),
-    refused(_TRL, "mask_truncated_completions", _NOT_HERE),
     refused(_TRL, "generate_during_eval", _NOT_HERE),
     idle(_TRL, "min_p", _NOT_HERE, only=(None, 0, 0.0)),
     idle(_TRL, "repetition_penalty", _NOT_HERE, only=(None, 1, 1.0)),
-    idle(_TRL, "log_completions", "completions are shown by whet eval"),
+    converted(
+        _TRL,
+        "log_completions",
+        "log.rollouts",
+        _completions,
+        "true is `parquet`, under output_dir/rollouts",
+        switch=True,
+    ),
     # Data
     converted(
         _TRL,

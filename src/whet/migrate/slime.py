@@ -10,7 +10,9 @@ from whet.errors import ConfigError
 from whet.migrate.draft import Draft, named
 from whet.migrate.shell import Script, Word, command_with, flags_of, read_script
 
-_TRAINERS = ("train.py", "train_async.py")
+_AHEAD = "train_async.py"
+"""The command that samples the next step while this one is trained."""
+_TRAINERS = ("train.py", _AHEAD)
 _DEFAULTS: Mapping[str, Any] = {
     "n_samples_per_prompt": 1,
     "rollout_shuffle": False,
@@ -36,6 +38,7 @@ def read(path: str) -> Draft:
         lines = ", ".join(map(str, script.branches))
         draft.remarks.append(f"conditions and loops (line {lines}) are read as if every branch was gone through once")
     _method(draft)
+    _mode(draft, script)
     _weights(draft)
     _memory(draft)
     _penalty(draft)
@@ -89,6 +92,13 @@ def _method(draft: Draft) -> None:
     _steps(draft)
 
 
+def _mode(draft: Draft, script: Script) -> None:
+    """slime's other command samples the next step while this one is trained."""
+    found = command_with(script, _TRAINERS)
+    if draft.method != "sft" and found is not None and (word := found[0][found[1]]).text.endswith(_AHEAD):
+        draft.set("rollout.mode", "one_step_off", named(_AHEAD, word.source))
+
+
 def _steps(draft: Draft) -> None:
     """slime derives the optimizer steps of a rollout from the samples of one step, or the other way round."""
     written = draft.take("global_batch_size")
@@ -136,8 +146,22 @@ def _penalty(draft: Draft) -> None:
 
 
 def _credit(draft: Draft) -> None:
+    estimator = draft.value("advantage_estimator", "grpo")
+    if estimator == "ppo":
+        draft.defaults |= {"lambd": 1.0, "value_clip": 0.2}
+    else:
+        draft.pass_over("lambd", "slime reads it only with advantage_estimator ppo")
+        for name in ("critic_lr", "value_clip", "num_critic_only_steps", "critic_load", "critic_save"):
+            draft.pass_over(name, "slime has a critic only with advantage_estimator ppo")
+        if estimator != "reinforce_plus_plus":
+            draft.pass_over("gamma", "slime reads it only with advantage_estimator ppo and reinforce_plus_plus")
+    if not draft.value("use_tis"):
+        for name in ("tis_clip", "tis_clip_low"):
+            draft.pass_over(name, "slime reads it only with use_tis")
+    if not draft.value("use_opsm"):
+        draft.pass_over("opsm_delta", "slime reads it only with use_opsm")
     written = draft.take("disable_grpo_std_normalization")
-    if written is not None and draft.value("advantage_estimator", "grpo") == "grpo":
+    if written is not None and estimator == "grpo":
         draft.take("advantage_estimator")
         draft.set("credit.use", "grpo_no_std", named("disable_grpo_std_normalization", written.source))
 

@@ -32,7 +32,7 @@ _TELLS: Mapping[str, tuple[str, ...]] = {
 """Trainer -> names that it has and those before it do not, so the first that is met decides."""
 _SUPERVISED = ("packing", "assistant_only_loss", "completion_only_loss", "dataset_text_field", "packing_strategy")
 _LOSSES = {"kto": "kto", "apo_zero_unpaired": "kto", "dft": "sft", "chunked_nll": "sft", "simpo": "cpo"}
-_LOSSES |= {"dapo": "grpo", "grpo": "grpo", "dr_grpo": "grpo", "bnpo": "grpo"}
+_LOSSES |= dict.fromkeys(("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo"), "grpo")
 
 _RATES = {"sft": 2e-5, "gkd": 2e-5, "reward": 1e-4}
 _PEFT = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lora_target_modules": ["q_proj", "v_proj"]}
@@ -60,7 +60,7 @@ def read(path: str, method: str | None = None) -> Draft:
     _unfold(draft)
     _data(draft)
     _adapter(draft, source)
-    draft.method, draft.method_source = ("grpo" if trainer == "rloo" else trainer), source
+    draft.method, draft.method_source = trainer, source
     draft.defaults |= _COMMON | {"learning_rate": _RATES.get(trainer, 1e-6)} | _OF_TRAINER.get(trainer, {})
     if trainer in ("grpo", "rloo"):
         _rollouts(draft, trainer, source)
@@ -269,10 +269,22 @@ def _rollouts(draft: Draft, trainer: str, source: str) -> None:
     draft.set("rollout.prompts_per_step", total // group, where)
     if steps > accumulation:
         draft.set("rollout.optimizer_steps", max(1, steps // accumulation), where)
-    if trainer == "rloo":
-        draft.set("credit.use", "rloo", source)
-        draft.set("loss.use", "reinforce", source)
-        draft.remarks.append("RLOO of TRL takes the KL penalty off the reward; here it is a term of the loss (kl.coef)")
+    if trainer == "rloo" and draft.value("num_iterations", 1) != 1:
+        draft.set("loss.use", "ppo_clip", named("num_iterations", draft.names["num_iterations"].source))
+    elif trainer == "rloo":
+        for name in ("epsilon", "epsilon_high"):
+            draft.pass_over(name, "samples are trained on once, so the ratio is 1 and nothing is cut")
+    if draft.value("loss_type") == "cispo":
+        draft.pass_over("epsilon", "the ratio has no lower limit in cispo")
+        if written := draft.take("epsilon_high"):
+            draft.set("loss.clip_high", written.value - 1, named("epsilon_high", written.source))
+    elif draft.value("loss_type") == "sapo":
+        for name in ("epsilon", "epsilon_high"):
+            draft.pass_over(name, "sapo has no limits; its gate has temperatures")
+    elif draft.value("importance_sampling_level") == "sequence":
+        draft.remarks.append(
+            "ratios of sequences are loss gspo, which TRL clips by epsilon as tokens; see loss.clip_low"
+        )
     _rewards(draft)
 
 
