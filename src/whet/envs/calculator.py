@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -11,6 +12,8 @@ MOST_CHARACTERS = 200
 MOST_DIGITS = 60
 """Digits of the numerator or denominator of any number on the way."""
 DECIMALS = 6
+WRITTEN = re.compile(r"[-+*/%().\d\s_eE]*")
+USAGE = "is not arithmetic; use numbers, + - * / // % ** and brackets"
 _BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -31,6 +34,8 @@ def calculate(expression: str) -> str:
         raise ValueError(f"the expression is {expression!r}, expected a text")
     if len(expression) > MOST_CHARACTERS:
         raise ValueError(f"the expression has {len(expression)} characters, more than {MOST_CHARACTERS}")
+    if not WRITTEN.fullmatch(expression):  # Python's parser would also warn of some of the rest
+        raise ValueError(f"{expression!r} {USAGE}")
     try:
         tree = ast.parse(expression.strip(), mode="eval")
         return decimal(_value(tree.body))
@@ -61,7 +66,7 @@ def _value(node: ast.expr) -> Fraction:
         return _power(_value(node.left), _value(node.right))
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
         return _limited(_BINARY[type(node.op)](_value(node.left), _value(node.right)))
-    raise ValueError(f"{ast.unparse(node)[:40]!r} is not arithmetic; use numbers, + - * / // % ** and brackets")
+    raise ValueError(f"{ast.unparse(node)[:40]!r} {USAGE}")
 
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
