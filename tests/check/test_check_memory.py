@@ -173,6 +173,16 @@ def test_sampling_holds_keys_and_values_of_all_it_decodes(tmp_path: Path, tiny_q
     assert sampling.parts["logits"] == 2 * 32 * 260 * 4
 
 
+def test_sampling_ahead_takes_the_weights_again_and_stays_while_a_step_trains(tmp_path: Path, tiny_qwen: Path):
+    plain = found("grpo", tmp_path, tiny_qwen, reward__use="exact").memory
+    ahead = found("grpo", tmp_path, tiny_qwen, reward__use="exact", rollout__mode="async").memory
+    assert plain is not None and ahead is not None
+    training, sampling = ahead.moments[0].parts, plain.moments[-1].parts
+    assert training["engine's weights"] == training["weights"]
+    assert training["sampling ahead"] == sampling["cache"] + sampling["logits"]
+    assert "cache" not in ahead.moments[-1].parts and "engine's weights" not in plain.moments[0].parts
+
+
 def test_what_is_too_large_is_told_with_its_largest_parts(tmp_path: Path, tiny_qwen: Path):
     with warnings_of_whet() as warnings:
         assert found("sft", tmp_path, tiny_qwen).memory.fits  # type: ignore[union-attr]

@@ -106,6 +106,9 @@ def estimate(config: RunConfig, method: Method, work: Work) -> Estimate:
         "chunk_mb": config.backend.head_chunk_mb,
     }
     peaks = rehearse(config.model, settings, work.micro, **how)
+    if work.decoded and config.rollout.mode != "sync":  # sampled with weights of its own while a step trains
+        static["engine's weights"] = held.weights
+        static["sampling ahead"] = sum(_sampling(settings, work, autocast, config.model).values())
     if "critic" in method.trains:
         critic = critic_of(config)
         read = load_config(adapter_base(critic) or critic)
@@ -122,7 +125,7 @@ def estimate(config: RunConfig, method: Method, work: Work) -> Estimate:
         ]
     if work.decoded:
         kept = config.engine.kept_mb(has_env=config.env is not None) * 2**20
-        sampling = _sampling(settings, work, autocast, config.model)
+        sampling = {} if "sampling ahead" in static else _sampling(settings, work, autocast, config.model)
         moments.append(Moment("sampling", {**static, "heap": holes, **sampling, "kept prefixes": kept}))
     given = config.backend.memory_gb
     return Estimate(device, tuple(moments), available_bytes(device) if given is None else int(given * 1e9))
