@@ -183,3 +183,16 @@ def test_a_source_without_its_methods_is_refused(config):
 
 def nothing(rows):
     return object()
+
+
+def test_the_ratio_may_be_to_the_policy_that_sampled(config):
+    ahead = {"rollout__mode": "one_step_off", "optim__lr": 1e-2, "train__steps": 4}
+    found = {}
+    for old in ("trainer", "sampler"):
+        train(made := config(old, **ahead, rollout__old_logprobs=old))
+        found[old] = column(Path(made.output_dir), "train/ppo_kl")
+    # One update per step: the trainer's own policy has not moved, that of the engine is one step behind.
+    assert all(abs(value) < 1e-6 for value in found["trainer"])
+    assert max(abs(value) for value in found["sampler"][1:]) > 1e-4
+    with pytest.raises(ConfigError, match=r"correction\.use is 'tis', but with rollout\.old_logprobs sampler"):
+        config("neither", rollout__old_logprobs="sampler", correction__use="tis")

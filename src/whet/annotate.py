@@ -66,6 +66,17 @@ class Annotate:
 
 
 @dataclass(frozen=True)
+class SamplerAsOld:
+    """Writes the logprobs of the engine that sampled to `old_logprobs`."""
+
+    roles: frozenset[str] = frozenset()
+    writes: frozenset[str] = frozenset({"old_logprobs"})
+
+    def __call__(self, batch: Batch, models: Mapping[str, Model], running: Running) -> Batch:
+        return batch.with_columns(old_logprobs=batch["sampler_logprobs"])
+
+
+@dataclass(frozen=True)
 class Top:
     """A request to a backend: `top_ids` and `top_logprobs` [T, k], the likeliest tokens at this temperature."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from whet.annotate import Annotate, KLPenalty, TeacherTopK
+from whet.annotate import Annotate, KLPenalty, SamplerAsOld, TeacherTopK
 from whet.config.algorithm import ShapingConfig
 from whet.config.base import Plugin
 from whet.config.names import did_you_mean, unique_names
@@ -57,15 +57,16 @@ def method_of(config: RunConfig) -> Method:
 def _for_rollouts(method: Method, config: RunConfig) -> Method:
     """Shaping, the KL penalty, the critic, the correction, and the old policy's logprobs."""
     kl, stages = config.kl, [*_shaping(config), *method.annotate]
-    if config.rollout.optimizer_steps * config.rollout.num_ppo_epochs > 1:
+    old = SamplerAsOld() if config.rollout.old_logprobs == "sampler" else OLD
+    if old is not OLD or config.rollout.updates_per_step > 1:
         # With one optimizer step the old policy is the current one, and this pass would be wasted.
-        stages.append(OLD)
+        stages.append(old)
     terms = [_corrected(term, config) for term in method.terms]
     if kl.coef and kl.where == "loss":
         options = {"type": kl.estimator, "unbiased": kl.unbiased}
         terms.append(Term("kl", LOSSES["kl"], method.terms[0].weight, kl.coef, options))
     elif kl.coef:
-        stages += [OLD, REFERENCE, KLPenalty(kl.coef, kl.estimator)]
+        stages += [old, REFERENCE, KLPenalty(kl.coef, kl.estimator)]
     if any("values" in stage.rule.reads for stage in method.credit):
         critic, options = config.critic, {"clip": config.critic.value_clip}
         role, coef = ("policy", critic.coef) if critic.shared else ("critic", 1.0)

@@ -100,6 +100,12 @@ def _correction(config: RunConfig) -> Iterator[Problem]:
         given = correction.model_copy(update={"veto": None, "opsm": None})
         yield from _unused(given, CorrectionConfig(), "correction", "correction.use is not")
         return
+    if config.rollout.old_logprobs == "sampler":
+        yield _problem(
+            "correction.use",
+            f"correction.use is {correction.use!r}, but with rollout.old_logprobs sampler the ratio of the loss is "
+            "to the policy that sampled already, and nothing is left to correct; keep one",
+        )
     low, high = correction.limits
     if low > high:
         yield _problem(

@@ -50,6 +50,9 @@ class RolloutConfig(Config):
     """Times that a step may ask for more prompts because groups were rejected before the run stops and says so."""
     partial: bool = False
     """Keep what aborted completions have so far, and go on with them in a later step."""
+    old_logprobs: Literal["trainer", "sampler"] = "trainer"
+    """Which policy the ratio of the loss is to: the trainer's as it stands before a step's first update, or the one
+    that sampled, by the engine's own logprobs. They are the same unless groups are older than a step."""
     mask_offpolicy: bool = False
     """Do not train tokens that were sampled in an earlier step (with `partial`)."""
     buffer: Plugin | None = None

@@ -11,7 +11,7 @@ from whet.config.rollout import RolloutConfig
 
 TRAINING_ALONE = (
     *("num_ppo_epochs", "mode", "max_staleness", "stale", "oversampling", "filter", "max_fetches", "partial"),
-    *("mask_offpolicy", "buffer", "sample_filter", "source"),
+    *("old_logprobs", "mask_offpolicy", "buffer", "sample_filter", "source"),
 )
 """Settings of sampling that only reinforcement learning has a use for."""
 
