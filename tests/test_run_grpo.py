@@ -82,7 +82,7 @@ def config(tmp_path: Path, tiny_qwen: Path, prompts: str):
             **{"train__steps": 4, "optim__lr": 3e-3, "optim__schedule": "constant", "optim__weight_decay": 0.0},
             **{"rollout__prompts_per_step": 4, "rollout__group_size": 4, "rollout__max_tokens": 4},
         }
-        return config_of("grpo", tmp_path / name, **{**base, **settings})
+        return config_of(settings.pop("method", "grpo"), tmp_path / name, **{**base, **settings})
 
     return make
 
@@ -367,7 +367,11 @@ def test_every_metric_of_a_run_stands_on_the_page_about_them(config, tmp_path: P
     both = [{"use": "test_run_grpo:share_of_a"}, {"use": "test_run_grpo:slow_share_of_a"}]
     train(config(reward=both, kl__coef=0.1, entropy_coef=0.01, rollout__optimizer_steps=2, **settings))
     train(config("ahead", rollout__mode="async", rollout__filter="nonzero_std", **settings))
-    names = {name for folder in ("out", "ahead") for line in metrics(tmp_path / folder) for name in line}
+    correction = {"correction__use": "tis", "correction__opsm": 0.1, "correction__veto": 1e-4}
+    rows = write_rows(tmp_path / "rows.jsonl", sums(4))
+    train(config("critic", method="ppo", kl__coef=0.1, mix__data=rows, train__steps=1, **correction))
+    folders = ("out", "ahead", "critic")
+    names = {name for folder in folders for line in metrics(tmp_path / folder) for name in line}
     assert undocumented(names - {"step"}) == set()
     wanted = "prefix_hit_rate zero_std_share staleness_max repetition_fraction truncated_ratio reward_std"
     assert {f"rollout/{name}" for name in wanted.split()} <= names

@@ -24,6 +24,10 @@ def share_of_a(episode: Episode) -> float:
     return episode.response.count("a") / 3 + 0.1 * episode.index
 
 
+def length(episode: Episode) -> float:
+    return float(len(episode.response))
+
+
 @pytest.fixture
 def config(tmp_path: Path, tiny_qwen: Path):
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"], "label": 7} for row in sums(12)])
@@ -36,7 +40,7 @@ def config(tmp_path: Path, tiny_qwen: Path):
             **{"rollout__optimizer_steps": 2, "kl__coef": 0.05},
         }
         given = {name: value for name, value in {**base, **settings}.items() if value is not ...}
-        return config_of("grpo", tmp_path / name, **given)
+        return config_of(given.pop("method", "grpo"), tmp_path / name, **given)
 
     return make
 
@@ -62,6 +66,34 @@ def test_training_on_what_was_written_down_gives_the_same_weights_to_the_bit(con
     assert run.loop.global_step == 4
     assert same_bits(saved_weights(tmp_path / "again"), saved_weights(tmp_path / "out"))
     assert same_metrics(tmp_path / "again", tmp_path / "out")
+
+
+OTHERS = {
+    "asynchronous": {"rollout__mode": "async", "rollout__max_staleness": 4},
+    "left over, masked": {
+        **{"rollout__partial": True, "rollout__oversampling": 6, "rollout__mask_offpolicy": True},
+        **{"rollout__sample_filter": "test_run_replay:without_the_third"},
+    },
+    "with a baseline": {"method": "remax", "rollout__optimizer_steps": 1},
+    "with a critic": {"method": "ppo", "rollout__num_ppo_epochs": 2, "rollout__group_size": 2},
+}
+
+
+def without_the_third(args, groups):
+    """Leaves the third member of each group out of training."""
+    for group in groups:
+        group[-1].remove_sample = True
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_however_it_was_sampled_it_trains_to_the_same_weights(config, tmp_path: Path, kind: str):
+    settings = {"train__steps": 3, "reward": "test_run_replay:length", **OTHERS[kind]}
+    train(config(log__rollouts=True, **settings))
+    train(config("again", debug__train_only=str(tmp_path / "out"), **settings))
+    assert same_bits(saved_weights(tmp_path / "again"), saved_weights(tmp_path / "out"))
+    # Without training, too, the first step is what it was.
+    sampled = train(config("sampled", debug__rollout_only=True, **settings))
+    assert sampled.loop.global_step == 3 and set(sampled.policy.backends) == {"policy"}
 
 
 def test_a_line_tells_all_of_an_episode(config, tmp_path: Path):

@@ -512,6 +512,12 @@ def test_what_trl_calls_the_settings_of_reinforcement_learning(values: dict, pat
     assert value_at(read("grpo", **values), path) == expected
 
 
+def test_ppo_of_llamafactory_has_its_own_names():
+    names = {"stage": "ppo", "reward_model": "rm", "ppo_epochs": 2, "ppo_score_norm": False}
+    config = from_values({"model": "tiny", "data.train": "a", **names}).config
+    assert (config.method, config.reward.options, config.rollout.num_ppo_epochs) == ("ppo", {"path": "rm"}, 2)
+
+
 def test_ppo_of_trl_has_its_own_names():
     names = {"cliprange_value": 0.3, "lam": 0.9, "gamma": 1.0, "whiten_rewards": True, "vf_coef": 0.2}
     config = from_values(
@@ -551,7 +557,7 @@ def test_a_loss_type_means_what_it_means_to_the_method(method: str, value: str, 
         ("sft", {"beta": 0.1}, "cannot be honoured by sft: its loss has no beta"),
         ("kto", {"label_smoothing": 0.1}, "cannot be honoured by kto: its loss has none"),
         ("sft", {"val_size": 100}, "data.eval_share the share that 100 rows are"),
-        ("sft", {"stage": "ppo"}, "use method grpo"),
+        ("sft", {"stage": "grpo"}, "must be pt, sft, rm"),
         ("sft", {"finetuning_type": "freeze"}, "model.freeze.layers"),
         ("grpo", {"scale_rewards": "batch"}, "rewards are scaled within a group"),
         ("sft", {"lr_scheduler_kwargs": {"power": 2}}, "can hold min_lr_rate alone"),

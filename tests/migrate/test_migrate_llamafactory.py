@@ -292,7 +292,7 @@ def test_what_has_no_counterpart_is_told_with_what_to_do(imported: Import):
 @pytest.mark.parametrize(
     "text,message",
     [
-        (small("identity", "ppo"), "stage in config.yaml, line 2: stage 'ppo' needs a critic"),
+        (small("identity", "ppo"), "stage in config.yaml, line 2: stage 'ppo' has prompts, reward and batches"),
         (small("identity", "sfft"), "stage 'sfft' is unknown"),
         (small("identiti"), "data/dataset_info.json: identiti is not in it; did you mean identity?"),
         (small("identity", dataset_dir="REMOTE:owner/data"), "dataset_dir is 'REMOTE:owner/data': fetch it"),

@@ -7,7 +7,7 @@ from whet.config.conversions import Converted, Refused, Unless, by_method, conve
 
 _FACTORY = ("LLaMA-Factory",)
 
-_STAGES = {"sft": "sft", "rm": "reward", "dpo": "dpo", "kto": "kto"}
+_STAGES = {"sft": "sft", "rm": "reward", "dpo": "dpo", "kto": "kto", "ppo": "ppo"}
 _NOT_HERE = "this version has no such thing; leave it out"
 _OPTIMIZER = "AdamW is the optimizer"
 _SPEED = "it changes how fast tokens are computed, not what"
@@ -20,11 +20,13 @@ _TEMPLATE = (
 def _stage(value: object) -> Converted:
     if value == "pt":
         return {"method": Unless("sft"), "data.train_on": "all"}
-    if value == "ppo":
-        raise Refused("cannot be ppo, which needs a critic that this version does not train; use method grpo")
     if not isinstance(value, str) or value not in _STAGES:
         raise Refused(f"must be pt, {', '.join(_STAGES)}")
     return {"method": Unless(_STAGES[value])}
+
+
+def _reward_model(value: object) -> Converted:
+    return {} if value is None else {"reward.use": "model", "reward.path": value}
 
 
 def _pref_loss(value: object) -> Converted:
@@ -84,7 +86,15 @@ FACTORY_NAMES = [
     renamed(_FACTORY, "ref_model", "reference.path"),
     refused(_FACTORY, "ref_model_adapters", "give reference.path a merged model (whet merge)", off=(None,)),
     refused(_FACTORY, "ref_model_quantization_bit", "a reference beside the policy is not quantised", off=(None,)),
-    refused(_FACTORY, "reward_model", "reinforcement learning is method grpo, whose reward is a function", off=(None,)),
+    converted(
+        _FACTORY, "reward_model", "reward.use reward.path", _reward_model, "the reward `model` with that folder, merged"
+    ),
+    idle(_FACTORY, "reward_model_type", "the reward is the model at reward.path", only=("lora", "full")),
+    renamed(_FACTORY, "ppo_epochs", "rollout.num_ppo_epochs"),
+    renamed(_FACTORY, "ppo_whiten_rewards", "shaping.whiten", "advantages are whitened, over the global batch"),
+    idle(_FACTORY, "ppo_score_norm", "rewards stay as they are; see shaping.scale", only=(False, None)),
+    idle(_FACTORY, "ppo_buffer_size", "rollout.prompts_per_step prompts make a step", only=None),
+    idle(_FACTORY, "ppo_target", "kl.coef stays as it is", only=None),
     # Adapters and weights
     converted(
         _FACTORY,

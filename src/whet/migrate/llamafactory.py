@@ -83,7 +83,10 @@ def _stage(draft: Draft) -> str:
     written = draft.take("stage")
     stage, source = (written.value, named("stage", written.source)) if written else ("sft", "LLaMA-Factory's default")
     if stage not in _METHODS:
-        why = "needs a critic, which this version does not train; use method grpo" if stage == "ppo" else "is unknown"
+        by_hand = (
+            "has prompts, reward and batches that are set otherwise here; write a configuration for whet ppo yourself"
+        )
+        why = by_hand if stage == "ppo" else "is unknown"
         raise ConfigError(f"{source}: stage {stage!r} {why}")
     draft.method, draft.method_source = _METHODS[stage], source
     loss = draft.value("pref_loss")
