@@ -41,6 +41,7 @@ SINGLES = {"rollout.prompts_per_step": 96, "rollout.group_size": 1}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("reinforce++", "remax", "ppo"), SINGLES),
     "opd": {"shaping.whiten": True},
+    "dapo": {"rollout.max_tokens": 6},  # or every answer would be too long
     "ppo (shared critic)": {**SINGLES, "critic.shared": True},
     "grpo (kl in the loss)": {"kl.coef": 0.01},
     "grpo (kl in the reward)": {"kl.coef": 0.01, "kl.where": "reward"},

@@ -133,6 +133,8 @@ class Keeper:
                 "Set checkpoint.best to false to end with them"
             )
         loop.policy.load(self.folder(best))
+        for role in loop.method.trains[1:]:
+            loop.backends[role].load(self.folder(best) / role)
         return True
 
 

@@ -216,8 +216,9 @@ class Loop:
             assert self.mix is not None, "rows come from a mixture"
             with self.policy.at_temperature(1.0):  # the sampling temperature is no matter of rows
                 learned = self.policy.forward_backward(rows, [self.mix.term])
-            metrics |= {f"sft_{name}": value for name, value in learned.items()}
             metrics["loss"] += learned["loss"]
+            learned["loss"] /= self.mix.term.coef  # the cross-entropy itself, as sft reports it
+            metrics |= {f"sft_{name}": value for name, value in learned.items()}
         lr = self._learning_rate(self.config.optim)
         return {**metrics, **self.policy.optim_step(lr), "learning_rate": lr}
 

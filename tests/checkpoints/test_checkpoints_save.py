@@ -13,7 +13,7 @@ import pytest
 
 from whet.checkpoints import save
 from whet.checkpoints.resume import newest, verify
-from whet.checkpoints.save import MARKER, checkpoints, prune, write
+from whet.checkpoints.save import MARKER, checkpoints, prune, publish, write
 from whet.errors import CheckpointError
 
 SOURCE = str(Path(save.__file__).parents[2])
@@ -261,3 +261,16 @@ def test_half_removed_checkpoint_does_not_carry_its_name(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="checkpoint-1 cannot be removed"):
         prune(tmp_path, 1)
     assert names(tmp_path) == ["checkpoint-2"]
+
+
+def test_a_published_folder_within_replaces_one_file_by_file(tmp_path: Path):
+    def fill(folder: Path, *names: str) -> None:
+        (folder / "critic").mkdir()
+        for name in names:
+            (folder / name).write_text(name)
+
+    publish(tmp_path, lambda folder: fill(folder, "a", "critic/model.safetensors", "critic/config.json"))
+    (tmp_path / "critic" / "notes.txt").write_text("mine")
+    publish(tmp_path, lambda folder: fill(folder, "a", "critic/value_head.safetensors"))
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == ["a", "critic/config.json", "critic/notes.txt", "critic/value_head.safetensors"]

@@ -60,8 +60,8 @@ def write(root: str | Path, step: int, fill: Callable[[Path], None]) -> Path:
 def publish(root: str | Path, fill: Callable[[Path], None]) -> None:
     """Put what `fill` writes into the empty folder it is given into `root` itself, each file whole or as it was.
 
-    Weights of an earlier model that the new one has not are removed. Raises CheckpointError when the files
-    cannot be written; what was there is then as it was.
+    Weights of an earlier model that the new one has not are removed from each folder that is written to.
+    Raises CheckpointError when the files cannot be written; what was there is then as it was.
     """
     root = Path(root)
     draft = root.absolute() / f".final.tmp-{os.getpid()}"
@@ -69,14 +69,20 @@ def publish(root: str | Path, fill: Callable[[Path], None]) -> None:
         remove_leftovers(root)
         draft.mkdir()
         fill(draft)
-        files = sorted(draft.iterdir())
+        files = sorted(path for path in draft.rglob("*") if path.is_file())
         for path in files:
             _sync(path)
-        for path in files:
-            path.replace(root / path.name)
-        for path in root.glob("model*.safetensors*"):
-            if path.name not in {file.name for file in files}:
-                path.unlink()
+        written = {root / path.relative_to(draft): path for path in files}
+        folders = sorted({path.parent for path in written})
+        for folder in folders:
+            folder.mkdir(exist_ok=True, parents=True)
+        for final, path in written.items():
+            path.replace(final)
+        for folder in folders:
+            for path in folder.glob("model*.safetensors*"):
+                if path not in written:
+                    path.unlink()
+            _sync(folder)
         _sync(root)
     except Exception as error:
         if _is_about_the_disk(error):
