@@ -75,6 +75,7 @@ class Collector:
                 await self._change()
         except BaseException:
             await self.stop()
+            self._error = None  # one is told
             raise
         return await self._enough(n)
 
