@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transformers.utils import get_json_schema
@@ -40,12 +41,16 @@ class Tool:
             inspect.signature(self.function).bind(**call.arguments)
         except TypeError as error:
             raise ToolFailure(f"{self.name}: {error}") from error
-        limit = asyncio.timeout(timeout_s)
+        asked = partial(self.function, **call.arguments)
         try:
             if inspect.iscoroutinefunction(self.function):
-                async with limit:
-                    return await self.function(**call.arguments)
-            return await threads.run(lambda: self.function(**call.arguments), timeout_s=timeout_s)
+                result = asked()
+            else:
+                result = await threads.run(asked, timeout_s=timeout_s)
+            if inspect.isawaitable(result):
+                async with asyncio.timeout(timeout_s):
+                    return await result
+            return result
         except TimeoutError as error:
             raise ToolFailure(f"{self.name} took longer than {timeout_s:g} s") from error
         except Exception as error:  # the user's code: whatever it raises is for the policy to read

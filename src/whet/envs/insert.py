@@ -19,7 +19,7 @@ class Inserter:
 
     def tokens(self, text: str, *, behind: str = "\n") -> list[int]:
         """The tokens of `text` where it stands behind other text; some tokenizers write beginnings differently."""
-        encoded = Encoder(self.tokenizer).encode([Rendered((Piece(behind, False), Piece(text, True)))])[0]
+        encoded = self._encoder.encode([Rendered((Piece(behind, False), Piece(text, True)))])[0]
         return encoded.tokens[encoded.prompt :].tolist()
 
     def harmless(self, text: str) -> str:
@@ -28,6 +28,10 @@ class Inserter:
             if special in text and special[0] in "<[":
                 text = text.replace(special, f"{special[0]} {special[1:]}")
         return text
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer)
 
     @cached_property
     def specials(self) -> frozenset[str]:

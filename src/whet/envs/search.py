@@ -54,6 +54,7 @@ class Search:
         self.url = checked_url(url, "env.url")
         self.top_k, self.max_turns, self.max_characters = top_k, max_turns, max_characters
         self.max_injected = max_output_tokens
+        self._insert: Inserter | None = None
         self._endpoint = Endpoint(self.url, who="the search server", request_timeout_s=timeout_s, retries=retries)
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> None:
@@ -71,7 +72,9 @@ class Search:
             ) from error
 
     def __call__(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> SearchEpisode:
-        return SearchEpisode(self, tokenizer)
+        if self._insert is None or self._insert.tokenizer is not tokenizer:
+            self._insert = Inserter(tokenizer)
+        return SearchEpisode(self, self._insert)
 
     async def find(self, query: str) -> str:
         """What the documents for a query say. Raises RewardError without an answer."""
@@ -92,9 +95,9 @@ class SearchEpisode:
 
     stop = ("</search>", "</answer>")
 
-    def __init__(self, search: Search, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._search, self._tokenizer = search, tokenizer
-        self._decode, self._insert = response_decoder(tokenizer), Inserter(tokenizer)
+    def __init__(self, search: Search, insert: Inserter) -> None:
+        self._search, self._insert = search, insert
+        self._decode, self._closing = response_decoder(insert.tokenizer), frozenset(insert.tokenizer.all_special_ids)
         self._num_turns = self._num_searches = self._num_invalid = self._num_injected = 0
 
     async def reset(self) -> Observation:
@@ -104,7 +107,7 @@ class SearchEpisode:
         self._num_turns += 1
         text = self._decode(completion.tokens)
         queries = [query.strip() for query in QUERY.findall(text)]
-        ended = completion.tokens[-1] in self._tokenizer.all_special_ids
+        ended = completion.tokens[-1] in self._closing
         if ANSWER.search(text) or (ended and not queries) or self._num_turns >= self._search.max_turns:
             return Turn(done=True)
         if queries and queries[-1]:
