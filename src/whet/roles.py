@@ -89,7 +89,8 @@ class Policy:
         brings up to date, so that one thread may train while another samples."""
         config, model = self.config.engine, self.backends[role].model
         special: dict[str, Any] = {}
-        if config.use in ENGINES or config.prefix_cache_mb is not None:  # a user's engine need not know of it
+        if config.use in ENGINES:  # a user's engine need not know of these
+            special["packed_weights"] = config.packed_weights
             special["prefix_cache_mb"] = config.kept_mb(has_env=self.config.env is not None)
         if own_weights:
             special["weights_from"] = model

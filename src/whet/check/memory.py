@@ -106,9 +106,13 @@ def estimate(config: RunConfig, method: Method, work: Work) -> Estimate:
         "chunk_mb": config.backend.head_chunk_mb,
     }
     peaks = rehearse(config.model, settings, work.micro, **how)
+    held_too = {
+        "kept prefixes": config.engine.kept_mb(has_env=config.env is not None) * 2**20,
+        "packed weights": held.weights if device == "cpu" and config.engine.packed_weights else 0.0,
+    }
     if work.decoded and config.rollout.mode != "sync":  # sampled with weights of its own while a step trains
         static["engine's weights"] = held.weights
-        static["sampling ahead"] = sum(_sampling(settings, work, autocast, config.model).values())
+        static["sampling ahead"] = sum((_sampling(settings, work, autocast, config.model) | held_too).values())
     if "critic" in method.trains:
         critic = critic_of(config)
         read = load_config(adapter_base(critic) or critic)
@@ -124,9 +128,8 @@ def estimate(config: RunConfig, method: Method, work: Work) -> Estimate:
             for one in _training({**static, "heap": holes}, of_critic, own, again=work.micro.again)
         ]
     if work.decoded:
-        kept = config.engine.kept_mb(has_env=config.env is not None) * 2**20
-        sampling = {} if "sampling ahead" in static else _sampling(settings, work, autocast, config.model)
-        moments.append(Moment("sampling", {**static, "heap": holes, **sampling, "kept prefixes": kept}))
+        sampling = {} if "sampling ahead" in static else _sampling(settings, work, autocast, config.model) | held_too
+        moments.append(Moment("sampling", {**static, "heap": holes, **sampling}))
     given = config.backend.memory_gb
     return Estimate(device, tuple(moments), available_bytes(device) if given is None else int(given * 1e9))
 

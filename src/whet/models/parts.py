@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +28,12 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., H] -> float32 logits [..., V], as the model's own forward gives them."""
-        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+    def logits(self, hidden: Tensor, linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear) -> Tensor:
+        """hidden [..., H] -> float32 logits [..., V], as the model's own forward gives them.
+
+        `linear` computes the layer itself, where that is done otherwise.
+        """
+        logits = linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:

@@ -40,6 +40,7 @@ class LocalEngine:
     `prefill_tokens` bounds the prompt tokens of one forward call (a longer prompt goes alone).
     `prefix_cache_mb` bounds the keys and values kept of requests that have ended, for those that go on from there;
     they go when the weights change, and with `release`.
+    `packed_weights` holds a second copy of the linear layers on a CPU while sampling, which is faster (see `Packed`).
     `weights_from` is the model that is trained, where `model` is a copy of it (`weights.own_copy`): what is trained
     is then copied by `update_weights`, and another thread may train while this one samples.
     Raises EngineError if the model cannot be served exactly (see `check`).
@@ -58,6 +59,7 @@ class LocalEngine:
         version: int = 0,
         weights_from: nn.Module | None = None,
         prefix_cache_mb: float = 256.0,
+        packed_weights: bool = True,
     ):
         self.tokenizer = tokenizer
         self.stop_token_ids = frozenset(stop_token_ids)
@@ -65,12 +67,12 @@ class LocalEngine:
         self.timeout_s = timeout_s
         self.prefill_tokens = prefill_tokens
         self.version = version
-        self._forward = Forward(model, max_rows=max_concurrent, autocast=autocast)
+        self._forward = Forward(model, max_rows=max_concurrent, autocast=autocast, packs=packed_weights)
         self._following = None if weights_from is None else Following(model, weights_from)
         if self._following is not None:
             self._following.update()
         self._vocabulary = len(self._forward.head.weight)
-        check(model, self._vocabulary)
+        check(model, self._vocabulary, packs=packed_weights)
         self._rows = Rows(max_concurrent)
         self._waiting: dict[tuple[int, ...], deque[Request]] = {}
         self._prompts = Prompts(self._forward, int(prefix_cache_mb * 2**20))
@@ -160,6 +162,7 @@ class LocalEngine:
     def release(self) -> None:
         """Let go of what is kept for later requests: the trainer is about to need the memory."""
         self._prompts.kept.clear()
+        self._forward.packed.clear()
 
     @property
     def max_length(self) -> int | None:
@@ -280,6 +283,8 @@ class LocalEngine:
                 self._step()
             if not self._rows and not self._waiting:
                 self._forward.cache.clear()  # the memory is the trainer's while nothing is generated
+                if not self._prompts.kept.max_bytes:  # else more turns are to come; see `release`
+                    self._forward.packed.clear()
         except BaseException as error:
             self._fail(error)
             if not isinstance(error, Exception):

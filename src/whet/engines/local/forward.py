@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from whet.engines.local.cache import SlotCache
 from whet.engines.local.contexts import Decode, Extend, Prefill
+from whet.engines.local.packed import Packed
 from whet.models import parts
 from whet.tensor.attention import AttentionContext, attention
 from whet.tensor.segments import Segments
@@ -20,7 +21,7 @@ from whet.tree import build
 class Forward:
     """Runs the trainer's own model object: its weights are used where they are, its code as it is."""
 
-    def __init__(self, model: nn.Module, *, max_rows: int, autocast: torch.dtype | None = None):
+    def __init__(self, model: nn.Module, *, max_rows: int, autocast: torch.dtype | None = None, packs: bool = False):
         self.model = parts.base(model)
         self.decoder = parts.decoder(model)
         self.head = parts.head(model)
@@ -28,6 +29,7 @@ class Forward:
         self.autocast = autocast
         self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
         self.cache = SlotCache(max_rows, self.max_length, autocast)
+        self.packed = Packed(self.model if packs else None, self.head, autocast)
         self._modules = list(model.modules())
 
     @property
@@ -55,7 +57,8 @@ class Forward:
         All of it is undone on the way out: between two steps the model is the trainer's.
         """
         dtype, enabled = self.autocast or torch.bfloat16, self.autocast is not None
-        with self.evaluating(), torch.autocast(self.device.type, dtype, enabled), attention(self.model):
+        autocast = torch.autocast(self.device.type, dtype, enabled)
+        with self.evaluating(), autocast, attention(self.model), self.packed.installed():
             yield
 
     def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
@@ -97,7 +100,7 @@ class Forward:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [B, H] -> float32 logits [B, V] that nobody else holds."""
-        return self.head.logits(hidden)
+        return self.head.logits(hidden, self.packed.head)
 
     def call(self, tokens: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """The decoder itself: tokens and positions [B, Q] -> hidden states [B, Q, H]."""
