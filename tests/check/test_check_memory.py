@@ -179,7 +179,9 @@ def test_sampling_ahead_takes_the_weights_again_and_stays_while_a_step_trains(tm
     assert plain is not None and ahead is not None
     training, sampling = ahead.moments[0].parts, plain.moments[-1].parts
     assert training["engine's weights"] == training["weights"]
-    assert training["sampling ahead"] == sampling["cache"] + sampling["logits"]
+    held = [sampling[name] for name in ("cache", "logits", "kept prefixes", "packed weights")]
+    assert training["sampling ahead"] == pytest.approx(sum(held))
+    assert sampling["packed weights"] == sampling["weights"] and sampling["kept prefixes"] == 0
     assert "cache" not in ahead.moments[-1].parts and "engine's weights" not in plain.moments[0].parts
 
 
