@@ -179,6 +179,7 @@ SLIME: Mapping[str, tuple[Any, Any]] = {
     "eps-clip-c": (3.0, {"loss": {"dual_clip": 3.0}}),
     "normalize-advantages": (True, {"shaping.whiten": True}),
     "use-tis": (True, {"correction.use": "tis"}),
+    "use-rollout-logprobs": (True, {"rollout.old_logprobs": "sampler"}),
     "use-opsm": (True, {"correction.opsm": 1e-4}),
     "opsm-delta": (0.01, {"correction.opsm": 0.01}),
     "custom-tis-function-path": ("a.b", REFUSED),

@@ -96,6 +96,10 @@ def _use_kl_loss(value: object) -> Converted:
     return {"kl.where": "loss"} if read.switch(value) else {"kl.coef": 0.0}
 
 
+def _old_logprobs(value: object) -> Converted:
+    return {"rollout.old_logprobs": "sampler"} if read.switch(value) else {}
+
+
 def _use_tis(value: object) -> Converted:
     return {"correction.use": "tis"} if read.switch(value) else {}
 
@@ -201,11 +205,7 @@ SLIME_ROLLOUT_NAMES = [
     refused(_SLIME, "custom_tis_function_path", "use correction.use (tis, icepop or mis)", off=(None,)),
     converted(_SLIME, "use_opsm", "correction.opsm", _use_opsm, "1e-4 unless `opsm_delta` is given", switch=True),
     renamed(_SLIME, "opsm_delta", "correction.opsm"),
-    refused(
-        _SLIME,
-        "use_rollout_logprobs",
-        "old logprobs are the trainer's own, with correction against the sampler's (correction.use)",
-    ),
+    converted(_SLIME, "use_rollout_logprobs", "rollout.old_logprobs", _old_logprobs, "true is `sampler`", switch=True),
     idle(_SLIME, "use_rollout_entropy", "the entropy of every token is logged anyway"),
     idle(_SLIME, "get_mismatch_metrics", "the difference to the sampler is logged anyway"),
     idle(_SLIME, "keep_old_actor", "old logprobs are computed before the first update of a step"),
