@@ -28,6 +28,9 @@ def test_pairs_are_those_of_causal_attention_in_a_tree():
     tree = build([np.append(shared, [100]), np.append(shared, [200, 201])])
     assert tree.num_tokens == 23
     assert pairs(tree) == 210 + 21 + 43
+    # Twenty shared by three, of which two share twenty more: 210, 20 x 20 + 210, then a token behind 40, 40 and 20.
+    rows = [np.append(shared, [100]), *(np.concatenate([shared, shared + 200, [last]]) for last in (300, 301))]
+    assert pairs(build(rows)) == 210 + 610 + 41 + 41 + 21
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
