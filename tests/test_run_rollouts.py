@@ -186,7 +186,7 @@ def nothing(rows):
     return object()
 
 
-def test_the_ratio_may_be_to_the_policy_that_sampled(config):
+def test_the_ratio_may_be_to_the_policy_that_sampled(config, caplog):
     ahead = {"rollout__mode": "one_step_off", "optim__lr": 1e-2, "train__steps": 4}
     found = {}
     for old in ("trainer", "sampler"):
@@ -195,5 +195,7 @@ def test_the_ratio_may_be_to_the_policy_that_sampled(config):
     # One update per step: the trainer's own policy has not moved, that of the engine is one step behind.
     assert all(abs(value) < 1e-6 for value in found["trainer"])
     assert max(abs(value) for value in found["sampler"][1:]) > 1e-4
+    assert max(column(Path(made.output_dir), "train/train_rollout_logprob_abs_diff_max")) < 1e-5, "old is the sampler"
+    assert "off-policy" not in caplog.text, "an older policy is no fault of the engine"
     with pytest.raises(ConfigError, match=r"correction\.use is 'tis', but with rollout\.old_logprobs sampler"):
         config("neither", rollout__old_logprobs="sampler", correction__use="tis")

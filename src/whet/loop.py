@@ -253,7 +253,8 @@ class Loop:
 
     def _alarm(self, metrics: Mapping[str, float]) -> None:
         difference = metrics.get("train/train_rollout_logprob_abs_diff", 0.0)
-        if difference > LOGPROB_ALARM:
+        is_old = getattr(self.source, "stats", {}).get("rollout/offpolicy_share", 0.0) > 0  # then they do differ
+        if difference > LOGPROB_ALARM and not is_old:
             logger.warning(
                 "step %d: the sampler's and the trainer's logprobs differ by %.3g on average; the samples are "
                 "off-policy. Is the engine's precision, temperature or weight version another than the trainer's?",
