@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 MARK = "whetmark"
 THOUGHT = "whetthought"
 OUTPUT = "whetoutput"
+NAME = "whetname"
 USER: Message = {"role": "user", "content": "A"}
 REMEDY = "set model.chat_template to one that writes tool calls and tool messages"
 
@@ -46,13 +47,14 @@ class Continuation:
                 "token that was sampled does"
             )
 
-    def tokens(self, outputs: Sequence[str], last: int) -> list[int]:
+    def tokens(self, outputs: Sequence[str], last: int, names: Sequence[str] = ()) -> list[int]:
         """The tokens after a turn that called `len(outputs)` tools and ended with the token `last`.
 
+        `names` are those of the tools: some templates write them beside the output.
         Where the turn ended without its closing token (by a stop text), that comes first. Special tokens that a
         tool's output spells are broken up: only the template may write them.
         """
-        ended, after = self.text([self._insert.harmless(output) for output in outputs])
+        ended, after = self.text([self._insert.harmless(output) for output in outputs], names)
         closing = self.tokenizer.convert_ids_to_tokens(last)
         if closing != ended and closing in self._insert.specials and after.lstrip().startswith(closing):
             # Where a turn has no end of its own (GLM), the policy ends it by giving the floor to the tool.
@@ -61,11 +63,12 @@ class Continuation:
             after = ended + after
         return self._insert.tokens(after, behind=ended)
 
-    def text(self, outputs: Sequence[str]) -> tuple[str, str]:
+    def text(self, outputs: Sequence[str], names: Sequence[str] = ()) -> tuple[str, str]:
         """(the special token that ends the assistant's turn, what follows it)."""
-        before = self.called(len(outputs))
+        names = names or [NAME] * len(outputs)
+        before, after = self.called(names), self.called(names, _answers(names, outputs))
         marks = before.count(MARK)
-        before, after = (text.split(MARK, marks)[-1] for text in (before, self.called(len(outputs), _answers(outputs))))
+        before, after = before.split(MARK, marks)[-1], after.split(MARK, marks)[-1]
         shared = _shared(before, after)
         ends = [
             (shared.rfind(special) + len(special), special) for special in self._insert.specials if special in shared
@@ -78,9 +81,9 @@ class Continuation:
         end, special = max(ends)
         return special, after[end:]
 
-    def called(self, num_calls: int, following: Sequence[Message] = (), thought: str = "") -> str:
-        """A made-up history with calls in it, whose argument is MARK, as the template renders it."""
-        calls = [_call(position, {"x": MARK}) for position in range(num_calls)]
+    def called(self, names: Sequence[str], following: Sequence[Message] = (), thought: str = "") -> str:
+        """A made-up history in which these are called, with MARK as the argument, as the template renders it."""
+        calls = [_call(position, name, {"x": MARK}) for position, name in enumerate(names)]
         turn = {"role": "assistant", "content": thought, "tool_calls": calls}
         text = self._render([USER, turn, *following], generation=bool(following))
         if MARK not in text:
@@ -89,7 +92,7 @@ class Continuation:
 
     def written(self, name: str, arguments: Mapping[str, Any]) -> str:
         """A call as the template has the assistant write it, the token that ends the turn included."""
-        turn = {"role": "assistant", "content": "", "tool_calls": [_call(0, arguments, name)]}
+        turn = {"role": "assistant", "content": "", "tool_calls": [_call(0, name, arguments)]}
         said = self._render([USER, turn])
         return said[len(_shared(said, self._render([USER], generation=True))) :].rstrip()
 
@@ -111,20 +114,20 @@ class Continuation:
     def _rewrites(self) -> bool:
         """Whether thoughts vanish from a turn once a tool has answered it."""
         thought = f"<think>\n{THOUGHT}\n</think>\n\n"
-        texts = (self.called(1, messages, thought) for messages in ((), _answers([OUTPUT])))
+        texts = (self.called([NAME], messages, thought) for messages in ((), _answers([NAME], [OUTPUT])))
         return [THOUGHT in text for text in texts] == [True, False]
 
 
-def _call(position: int, arguments: Mapping[str, Any], name: str = "A") -> dict[str, Any]:
+def _call(position: int, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     # Mistral's templates want nine letters or digits.
     function = {"name": name, "arguments": dict(arguments)}
     return {"type": "function", "id": f"call{position:05d}", "function": function}
 
 
-def _answers(outputs: Sequence[str]) -> list[Message]:
+def _answers(names: Sequence[str], outputs: Sequence[str]) -> list[Message]:
     return [
-        {"role": "tool", "name": "A", "tool_call_id": f"call{position:05d}", "content": output}
-        for position, output in enumerate(outputs)
+        {"role": "tool", "name": name, "tool_call_id": f"call{position:05d}", "content": output}
+        for position, (name, output) in enumerate(zip(names, outputs, strict=True))
     ]
 
 

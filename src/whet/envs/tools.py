@@ -20,6 +20,8 @@ from whet.rollout.threads import Threads
 from whet.types import Completion, Prompt
 
 AUTO = "auto"
+UNKNOWN = "unknown"
+"""What a tool is called that is not there, where a template writes the name beside the output."""
 PROBE = Call("look_up", {"text": "a b", "number": 2})
 
 
@@ -103,7 +105,8 @@ class ToolEpisode:
         if not calls or self._num_turns >= self._tools.max_turns:
             return Turn(done=True)
         outputs = await asyncio.gather(*map(self._answer, calls))
-        tokens = self._continuation.tokens(outputs, completion.tokens[-1])
+        names = [call.name if call.name in self._tools.by_name else UNKNOWN for call in calls]
+        tokens = self._continuation.tokens(outputs, completion.tokens[-1], names)
         self._num_injected += len(tokens)
         return Turn(False, Observation(tokens)) if self._num_injected <= self._tools.max_injected else Turn(done=True)
 
