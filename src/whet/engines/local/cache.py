@@ -72,10 +72,19 @@ class SlotCache:
             for target, source in zip(self.layer(index, *(x[None] for x in held)), held, strict=True):
                 target[slot, :, :length] = source[:, :length]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Keys and values of all layers; none before anything was written."""
+        return [tensor for layer in self._layers.values() for tensor in layer]
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where they lie: growing moves them."""
+        return tuple(tensor.data_ptr() for tensor in self.tensors)
+
     def num_bytes(self, length: int) -> int:
         """Memory of `length` positions of one slot in all layers; 0 before anything was written."""
-        held = [tensor for layer in self._layers.values() for tensor in layer]
-        return sum(length * x.shape[1] * x.shape[3] * x.element_size() for x in held)
+        return sum(length * x.shape[1] * x.shape[3] * x.element_size() for x in self.tensors)
 
     def _empty(self, like: Tensor) -> Tensor:
         # Zeros: a position not yet written is masked, but what lies there must not be NaN.

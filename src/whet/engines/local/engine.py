@@ -264,7 +264,7 @@ class LocalEngine:
         self._rows.clear()
         self._waiting.clear()
         self._prompts.forget_slots()
-        self._forward.cache.clear()
+        self._forward.free()
 
     # --- the loop of steps ----------------------------------------------------------------------------
 
@@ -282,7 +282,7 @@ class LocalEngine:
                     break
                 self._step()
             if not self._rows and not self._waiting:
-                self._forward.cache.clear()  # the memory is the trainer's while nothing is generated
+                self._forward.free()  # the memory is the trainer's while nothing is generated
                 if not self._prompts.kept.max_bytes:  # else more turns are to come; see `release`
                     self._forward.packed.clear()
         except BaseException as error:

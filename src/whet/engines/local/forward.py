@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from whet.engines.local.cache import SlotCache
 from whet.engines.local.contexts import Decode, Extend, Prefill
+from whet.engines.local.graphs import DecodeGraphs
 from whet.engines.local.packed import Packed
 from whet.models import parts
 from whet.tensor.attention import AttentionContext, attention
@@ -31,6 +32,9 @@ class Forward:
         self.cache = SlotCache(max_rows, self.max_length, autocast)
         self.packed = Packed(self.model if packs else None, self.head, autocast)
         self._modules = list(model.modules())
+        self.graphs: DecodeGraphs | None = None
+        if self.device.type == "cuda":
+            self.graphs = DecodeGraphs(self.call, self.cache, list(model.parameters()), self.device)
 
     @property
     def device(self) -> torch.device:
@@ -60,6 +64,12 @@ class Forward:
         autocast = torch.autocast(self.device.type, dtype, enabled)
         with self.evaluating(), autocast, attention(self.model), self.packed.installed():
             yield
+
+    def free(self) -> None:
+        """Let go of keys and values, and of the graphs that point at them."""
+        self.cache.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
 
     def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
         """Compute prompts and write their keys and values to the slots of each.
@@ -95,6 +105,8 @@ class Forward:
 
     def decode(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
         """One token [B] at its position [B] for each of the first B slots -> hidden states [B, H]."""
+        if self.graphs is not None and (hidden := self.graphs.decode(tokens, positions)) is not None:
+            return hidden
         context = Decode(self.cache, positions, self.device)
         return self._decoder(tokens[:, None], positions[:, None], context)[:, 0]
 

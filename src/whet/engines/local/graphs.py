@@ -1,0 +1,123 @@
+"""Decoding steps as CUDA graphs: one launch in place of the hundreds of a step, which take longer than their work."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whet.engines.local.cache import LENGTH_BLOCK, SlotCache
+from whet.engines.local.contexts import Decode
+from whet.tensor.attention import AttentionContext
+
+logger = logging.getLogger(__name__)
+
+MAX_GRAPHS = 64
+"""Graphs kept at a time; beyond, all are captured anew as they are needed."""
+
+Call = Callable[[Tensor, Tensor, AttentionContext], Tensor]
+"""The decoder: tokens and positions [B, 1] -> hidden states [B, 1, H]."""
+
+
+class DecodeGraphs:
+    """Graphs by number of rows (powers of two) and by length of what they look at (blocks of the cache).
+
+    A graph holds addresses: of the cache, which may grow, and of the weights, whose content may change but which may
+    be moved as well. When any has changed, all graphs go. Rows that only fill up a bucket write to slots that nobody
+    has. Where a model cannot be captured, that is said once and it runs as before.
+    """
+
+    def __init__(self, call: Call, cache: SlotCache, weights: Sequence[Tensor], device: torch.device):
+        self.call, self.cache, self.weights, self.device = call, cache, weights, device
+        self.works = True
+        self.clear()
+
+    def clear(self) -> None:
+        """Let go of the graphs and their memory."""
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._addresses: tuple[int, ...] = ()
+
+    def decode(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor | None:
+        """One token [B] at its position [B] for each of the first B slots -> hidden states [B, H].
+
+        None where this step is to be run without a graph: then the cache is made first, or capturing has failed.
+        """
+        rows = min(1 << (len(tokens) - 1).bit_length(), self.cache.max_rows)
+        length = -(-(int(positions.max()) + 1) // LENGTH_BLOCK) * LENGTH_BLOCK
+        length = length if self.cache.max_length is None else min(length, self.cache.max_length)
+        self.cache.reserve(rows, length)
+        if not self.works or not self.cache.addresses:
+            return None
+        addresses = *self.cache.addresses, *(weight.data_ptr() for weight in self.weights)
+        if addresses != self._addresses or len(self._graphs) >= MAX_GRAPHS:
+            self.clear()
+            self._addresses = addresses
+        graph = self._graphs.get((rows, length))
+        if graph is None:
+            try:
+                graph = self._graphs[rows, length] = _Graph(self.call, self.cache, rows, length, self.device)
+            except Exception as error:  # whatever a model's code does that a graph cannot hold
+                self.works = False
+                self.clear()
+                logger.warning("decoding runs without CUDA graphs: %s: %s", type(error).__name__, error)
+                return None
+        return graph.replay(tokens, positions)
+
+
+class _Graph:
+    """One captured step for `rows` rows, each looking at its first `length` positions at most."""
+
+    def __init__(self, call: Call, cache: SlotCache, rows: int, length: int, device: torch.device):
+        self.tokens = torch.zeros((rows, 1), dtype=torch.int64, device=device)
+        self.positions = torch.zeros((rows, 1), dtype=torch.int64, device=device)
+        # Slots that are in use must survive the runs that come before the first replay.
+        saved = [(held, held[:rows, :, 0].clone()) for held in cache.tensors]
+        self._replay, self._hidden = capture(lambda: call(self.tokens, self.positions, self._context(cache, length)))
+        for held, first in saved:
+            held[:rows, :, 0] = first
+
+    def _context(self, cache: SlotCache, length: int) -> _Static:
+        return _Static(cache, self.positions[:, 0], length)
+
+    def replay(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
+        """Hidden states [B, H]; good until the next replay."""
+        count = len(tokens)
+        self.tokens.zero_()
+        self.positions.zero_()
+        self.tokens[:count, 0] = torch.from_numpy(tokens).to(self.tokens.device)
+        self.positions[:count, 0] = torch.from_numpy(positions).to(self.positions.device)
+        self._replay()
+        return self._hidden[:count, 0]
+
+
+class _Static(Decode):
+    """Decoding whose positions lie in a tensor that is filled anew for every replay, and whose shapes stay."""
+
+    def __init__(self, cache: SlotCache, positions: Tensor, length: int):
+        self.cache, self.positions, self.length = cache, positions, length
+        self.slots = torch.arange(len(positions), device=positions.device)
+        self._masks = {}
+        self._blocks = [(0, len(positions), length)]
+
+
+def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Run a step twice on a stream of its own, so that libraries have set themselves up, then capture it.
+
+    Returns what replays it, and where its result then lies. Casts of autocast are captured too: those that it keeps
+    from an earlier call would be freed under the graph.
+    """
+    dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            hidden = step()
+    return graph.replay, hidden
