@@ -118,6 +118,6 @@ def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
                 step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may be training
             hidden = step()
     return graph.replay, hidden
