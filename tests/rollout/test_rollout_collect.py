@@ -390,3 +390,32 @@ def one_troubled_schedule(make_source, seed: int) -> None:
 
     run_at_once(run())
     assert engine.requests == {}, "nothing is left behind in the engine"
+
+
+@pytest.mark.parametrize("mode", ["one_step_off", "async"])
+def test_after_a_resume_what_was_sampled_is_taken_first_and_then_the_engine_has_the_policys_weights(make_source, mode):
+    source, _ = make_source(mode=mode)
+
+    async def steps(source, first, last):
+        found = []
+        for step in range(first, last + 1):
+            await source.take(4)
+            found.append([(group.id, group.oldest_version) for group in source.rollout.groups])
+            await asyncio.sleep(3.0)
+            await source.publish(step)
+            if step == 2:
+                states.append(source.state_dict())
+        await source.close()
+        return found
+
+    states: list[dict[str, Any]] = []
+    before = run_at_once(steps(source, 1, 6))
+    resumed, engine = make_source(mode=mode)
+    resumed._path = source._path
+    resumed.load_state_dict(states[0])
+    after = run_at_once(steps(resumed, 3, 9))
+    assert after[:4] == before[2:], "steps 3 to 6 were sampled before the process ended"
+    ages = [step - 1 - version for step, groups in enumerate(after, 3) for _, version in groups]
+    assert min(ages) >= 0 and max(ages) <= resumed._config.staleness
+    assert len({group for step in (*before[:2], *after) for group, _ in step}) == 4 * 9
+    assert engine.version >= 8

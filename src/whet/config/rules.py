@@ -159,7 +159,8 @@ def _elsewhere(config: RunConfig) -> Iterator[Problem]:
             made = "samples completions of prompts" if sampled else "computes the losses of rows"
             yield _problem(
                 f"eval.{name}",
-                f"eval.{name} is {show(value)}, but evaluation of {config.method} {made} and has no use for it; remove it",
+                f"eval.{name} is {show(value)}, but evaluation of {config.method} {made} and has no use for it; "
+                "remove it",
             )
     if config.data.system is not None and config.data.chat == "never":
         yield _problem(

@@ -115,7 +115,8 @@ class RolloutSource:
         self._report(settled)
         self.stats = rollout_metrics(self.rollout) | {f"rollout/{name}": value for name, value in counts.items()}
         self.stats |= age_metrics(groups, self._version) | self._prefixes.metrics()
-        if self._config.mode == "one_step_off":
+        if self._config.mode == "one_step_off" and self._journal.last_step() == step:  # the next is not there already
+            await self._update_engine()
             self._ahead = asyncio.create_task(collector.collect(n, step + 1))
         removed = self._choices.remove(groups)
         units = [unit for group in groups if (unit := self._unit(group, removed)) is not None]
@@ -255,7 +256,7 @@ class RolloutSource:
         self._restored = None
         known, num_groups = journal.settings(), state["num_groups"]
         supply.num_groups = num_groups
-        if not known or journal.position()[0] < num_groups:
+        if journal.position()[0] < max(1, num_groups):
             if num_groups:
                 logger.warning("%s is not there: groups that were left over are not sampled on", self._path)
             journal.begin(self._made_with)
