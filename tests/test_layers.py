@@ -19,7 +19,7 @@ ORDER = (
     *("annotate", "shaping", "methods", "tally", "models", "flops", "merge", "engines", "data", "rollout"),
     *("checkpoints", "backends", "scorer", "rewards", "envs", "weights", "cluster"),
     *("view", "log", "schedule", "sanity", "recipe", "mix", "speed", "loop", "rollouts_only", "evaluate", "roles"),
-    *("precompute", "provenance", "held_out", "feeds", "keeper"),
+    *("precompute", "provenance", "feeds", "keeper"),
     *("check", "compose", "answer"),
     *("sample", "chat", "trainer", "demo", "serve", "cli", "__main__"),
 )

@@ -199,7 +199,7 @@ def test_a_run_stops_early_and_ends_with_its_best_weights(config, tmp_path: Path
 
 def test_old_checkpoints_go_and_the_best_one_stays(config, tmp_path: Path, held_out: str, monkeypatch):
     values = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
-    monkeypatch.setattr("whet.feeds.evaluate_rows", lambda *_, **__: {"eval/loss": next(values)})
+    monkeypatch.setattr("whet.feeds.rows.evaluate_rows", lambda *_, **__: {"eval/loss": next(values)})
     settings = {"eval__every_steps": 1, "checkpoint__every_steps": 1, "checkpoint__keep": 2, "checkpoint__best": True}
     train(config(data__eval=held_out, **settings))
     kept = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))

@@ -16,7 +16,9 @@ from whet.config.loader import dump
 from whet.config.run import RunConfig
 from whet.engines.protocol import Engine
 from whet.errors import CheckpointError, ConfigError
-from whet.feeds import PromptFeed, RowFeed, without_training_data
+from whet.feeds.parts import without_training_data
+from whet.feeds.prompts import PromptFeed
+from whet.feeds.rows import RowFeed
 from whet.keeper import Keeper
 from whet.log import RunLog
 from whet.loop import Loop

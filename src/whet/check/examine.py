@@ -22,7 +22,8 @@ from whet.config.run import RunConfig
 from whet.data.prepared import Prepared
 from whet.data.prompts import Prompts
 from whet.errors import ConfigError, Gathering, ModelError
-from whet.feeds import PromptFeed, RowFeed
+from whet.feeds.prompts import PromptFeed
+from whet.feeds.rows import RowFeed
 from whet.keeper import Keeper
 from whet.methods import METHODS, Method, completed
 from whet.models.load import check_model_folder, load_tokenizer, stop_tokens_in_files

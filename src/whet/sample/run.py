@@ -21,7 +21,7 @@ from whet.config.loader import dump
 from whet.config.run import RunConfig
 from whet.data.rows import parse_sources
 from whet.errors import ConfigError, DataError
-from whet.feeds import PromptFeed
+from whet.feeds.prompts import PromptFeed
 from whet.log import Meter
 from whet.methods import SAMPLE
 from whet.provenance import sampled_with

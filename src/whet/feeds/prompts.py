@@ -1,36 +1,30 @@
-"""What feeds a run: rows to learn from, or prompts to sample from; and how it is evaluated.
+"""The feed of reinforcement learning: prompts, what plays and judges them, and the evaluation on held-out ones.
 
-A feed reads and checks all its data when it is made, before a model is there. `connect` comes after.
+All data is read and checked when the feed is made, before a model is there. `connect` comes after.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from whet.annotate import Running
 from whet.config.algorithm_rules import credits_of
 from whet.config.run import RunConfig
-from whet.data import cache
 from whet.data.prepare import prepare
 from whet.data.prepared import Prepared
 from whet.data.prompts import prepare_prompts
 from whet.data.source import PromptRows, RowSource
 from whet.engines.protocol import Engine
 from whet.envs.registry import build_env, check_prompts
-from whet.errors import ConfigError, Gathering
-from whet.evaluate import ROWS_PER_BATCH, evaluate_rows
-from whet.held_out import HeldOut, evaluate_sets, read_sets
-from whet.loop import Evaluator
-from whet.methods import Task
+from whet.errors import Gathering
+from whet.feeds.connected import Connected
+from whet.feeds.held_out import HeldOut, evaluate_sets, read_sets
+from whet.feeds.parts import read_parts, without_training_data
 from whet.mix import Mix
-from whet.precompute import computed_once
 from whet.provenance import trained_with
 from whet.rewards.registry import build_scorer
 from whet.rewards.score import RewardScorer
@@ -39,95 +33,13 @@ from whet.roles import Policy
 from whet.rollout.filters import build_choices
 from whet.rollout.generate import build_generate
 from whet.rollout.journal import FILE
-from whet.rollout.protocols import EnvFactory, Source
+from whet.rollout.protocols import EnvFactory
 from whet.rollout.replay import Replay
-from whet.rollout.resampled import ResampledRows
-from whet.rollout.sampling import RolloutSource, sampling_of
+from whet.rollout.sampling import RolloutSource
 from whet.rollout.supply import resolve_source
 from whet.types import Episode
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Connected:
-    """A feed that a loop can take from. `evaluate` is None where nothing was held out; `engine` where nothing is
-    sampled."""
-
-    source: Source
-    evaluate: Evaluator | None
-    engine: Engine | None = None
-    mix: Mix | None = None
-
-
-class RowFeed:
-    """Rows of a data set, for the offline methods; `task` says what they are."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        task: Task = "sft",
-        errors: Gathering | None = None,
-    ):
-        self.config, self.tokenizer = config, tokenizer
-        with Gathering.of(errors) as errors:
-            self.train, self.eval = _read(config, tokenizer, partial(prepare, task=task), errors)
-
-    def __len__(self) -> int:
-        return len(self.train) if self.train is not None else 0
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence that the model will see."""
-        return max((part.longest_sample for part in (self.train, self.eval) if part is not None), default=0)
-
-    @property
-    def remedy(self) -> str:
-        """What makes the longest sequence shorter."""
-        return f"lower data.max_length (now {self.config.data.max_length:,})"
-
-    def walk(self) -> RowSource:
-        """The rows in the order of training, from the beginning."""
-        assert self.train is not None, "there are no rows to walk over"
-        return RowSource(self.train, seed=self.config.seed, shuffle=self.config.data.shuffle)
-
-    def connect(self, policy: Policy) -> Connected:
-        """The source over the rows, and the losses on the held-out ones.
-
-        What frozen models say of the rows is computed now where it is to be computed once.
-        """
-        self._compute_once(policy)
-        source: Source = self.walk()
-        engine = None
-        if policy.resamples:
-            source, engine = self._resampled(source, policy)
-        return Connected(source, partial(self.evaluate, policy) if self.eval is not None else None, engine)
-
-    def _compute_once(self, policy: Policy) -> None:
-        data = self.config.data
-        root = cache.root_of(data.cache_dir)
-        for stage, role in policy.computed_once:
-            model = policy.backends[role]
-            known = {"role": role, "key": policy.content(role), "root": root, "max_gb": data.cache_gb}
-            read = partial(computed_once, stage=stage, model=model, **known)
-            self.train, self.eval = (None if part is None else read(part) for part in (self.train, self.eval))
-            policy.release(role)
-
-    def _resampled(self, source: Source, policy: Policy) -> tuple[Source, Engine | None]:
-        config, lmbda = self.config, policy.lmbda
-        student = policy.engine() if lmbda > 0 else None
-        teacher = policy.engine("teacher") if config.distill.seq_kd and lmbda < 1 else None
-        sampling = sampling_of(config.rollout, policy.stop_token_ids)
-        limits = {"seed": config.seed, "timeout_s": config.engine.timeout_s}
-        return ResampledRows(source, sampling, student=student, teacher=teacher, lmbda=lmbda, **limits), student
-
-    async def evaluate(self, policy: Policy, running: Running | None = None) -> dict[str, float]:
-        """The losses on the held-out rows; metrics are named `eval/…`."""
-        per_batch = self.config.eval.batch_size or ROWS_PER_BATCH
-        return evaluate_rows(
-            policy.backends, self.eval, policy.method, self.config, per_batch=per_batch, running=running
-        )
 
 
 class PromptFeed:
@@ -148,7 +60,7 @@ class PromptFeed:
                 with errors.going_on():
                     self.replay = Replay(Path(config.debug.train_only).expanduser())
                 config = self.config = without_training_data(config)
-            self.train, self.eval = _read(config, tokenizer, partial(prepare_prompts, tools=tools), errors)
+            self.train, self.eval = read_parts(config, tokenizer, partial(prepare_prompts, tools=tools), errors)
             self.mixed = _read_mix(config, tokenizer, errors)
             with errors.going_on():
                 self.choices = build_choices(config.rollout, config)
@@ -265,11 +177,6 @@ class PromptFeed:
         return metrics
 
 
-def without_training_data(config: RunConfig) -> RunConfig:
-    """The configuration of those who do not read what is trained on."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"train": None})})
-
-
 def _read_mix(config: RunConfig, tokenizer: PreTrainedTokenizerBase, errors: Gathering) -> Prepared | None:
     """The rows of the mixture, rendered as those of sft would be; None where there are none."""
     if config.mix.data is None:
@@ -287,26 +194,3 @@ def build_player(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> EnvFa
     if config.rollout.generate is None:
         return build_env(config.env, tokenizer, config.data.template_kwargs)
     return build_generate(config.rollout.generate, config)
-
-
-def _read(config: RunConfig, tokenizer: PreTrainedTokenizerBase, read: Callable, errors: Gathering):
-    """(training data, held-out data), None for what is not there or cannot be read, each reported."""
-    data, settings = config.data, config.eval
-    found: dict[str, Any] = {"train": None, "eval": None}
-    for what, paths in (("train", data.train), ("eval", data.eval)):
-        if paths is not None:
-            with errors.going_on():
-                found[what] = read(data, paths, tokenizer, what=what, errors=errors)
-    train, held = found["train"], found["eval"]
-    if train is not None and data.eval_share:
-        with errors.going_on():
-            train, held = train.hold_out(data.eval_share, config.seed)
-    for name, part in (("training", train), ("held-out", held)):
-        if part is not None:
-            logger.info("%s data: %s", name, part.report)
-    is_asked = settings.every_steps or settings.every_epochs or settings.at_start
-    if is_asked and data.eval is None and not data.eval_share and not settings.sets:
-        text = "an evaluation is asked for, but there is no held-out data; set data.eval or data.eval_share"
-        with errors.going_on():
-            raise ConfigError(text)
-    return train, held
