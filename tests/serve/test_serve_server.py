@@ -277,7 +277,8 @@ async def test_neutral_values_are_taken(client):
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_hangs_up_takes_its_request_out_of_the_engine(client, engine, stream):
     async def ask() -> None:
-        got = await client.completions.create(model="tiny", prompt="a", max_tokens=4000, n=3, stream=stream)
+        options = {"max_tokens": 4000, "n": 3, "extra_body": {"ignore_eos": True}}
+        got = await client.completions.create(model="tiny", prompt="a", stream=stream, **options)
         if stream:
             async for _ in got:
                 pass
