@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "whet"
 
 # A module or folder of src/whet imports only from those to its left, and from itself.
 ORDER = (
-    *("types", "columns", "errors", "tree", "batch", "tensor", "losses", "credit", "config", "migrate"),
+    *("types", "columns", "errors", "database", "tree", "batch", "tensor", "losses", "credit", "config", "migrate"),
     *("annotate", "shaping", "methods", "tally", "models", "flops", "merge", "engines", "data", "rollout"),
     *("checkpoints", "backends", "scorer", "rewards", "envs", "weights", "cluster"),
     *("view", "log", "schedule", "sanity", "recipe", "mix", "speed", "loop", "rollouts_only", "evaluate", "roles"),

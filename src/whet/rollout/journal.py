@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from whet.errors import CheckpointError
+from whet.database import Database
 from whet.rollout.group import BASELINE_INDEX, Group
 from whet.types import Episode, Prompt, VersionSpan
 
@@ -46,30 +45,25 @@ class RolloutJournal:
     """
 
     def __init__(self, path: Path | None) -> None:
-        self.path = path
-        with self._told():
-            self._file = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
-            try:
-                # In the order of writing, which is all that a process which is killed needs.
-                self._file.execute("PRAGMA journal_mode=WAL")
-                self._file.execute("PRAGMA synchronous=NORMAL")
-                self._file.executescript(_SCHEMA)
-            except BaseException:
-                self._file.close()
-                raise
+        remedy = "make room or make it writable, or move it away to sample anew what no checkpoint has seen"
+        self._file = Database(path, _SCHEMA, remedy=remedy)
+
+    @property
+    def path(self) -> Path | None:
+        return self._file.path
 
     # --- writing ------------------------------------------------------------------------------------------
 
     def fetched(self, groups: Sequence[Group], source: Mapping[str, Any]) -> None:
         """New groups, and where the prompts stand after them."""
-        with self._transaction() as do:
+        with self._file.transaction() as do:
             rows = [(number_of(g), json.dumps(_prompt_to(g.prompt), default=str), g.step, "open") for g in groups]
             do.executemany("INSERT INTO groups (number, prompt, begun, state) VALUES (?, ?, ?, ?)", rows)
             do.execute("INSERT INTO fetches VALUES (?, ?)", (rows[-1][0], json.dumps(source)))
 
     def note(self, episode: Episode) -> None:
         """An episode as it is now."""
-        with self._transaction() as do:
+        with self._file.transaction() as do:
             self._write(do, episode)
 
     def left(self, group: Group) -> None:
@@ -82,7 +76,7 @@ class RolloutJournal:
 
     def dropped(self, group: Group, reason: str) -> None:
         """A group that will not be trained."""
-        with self._transaction() as do:
+        with self._file.transaction() as do:
             number = number_of(group)
             do.execute(
                 f"UPDATE groups SET state = 'dropped', reason = ?, prompt = {_ONLY_ID} WHERE number = ?",
@@ -92,13 +86,13 @@ class RolloutJournal:
 
     def taken(self, step: int, groups: Sequence[Group]) -> None:
         """The groups that a step consumes, in their order."""
-        with self._transaction() as do:
+        with self._file.transaction() as do:
             rows = [(step, place, number_of(group)) for place, group in enumerate(groups)]
             do.executemany("UPDATE groups SET state = 'taken', step = ?, place = ? WHERE number = ?", rows)
 
     def forget(self, step: int) -> None:
         """Let go of the content of the groups consumed up to `step`: nobody can go back behind it. They stay listed."""
-        with self._transaction() as do:
+        with self._file.transaction() as do:
             old = "SELECT number FROM groups WHERE state = 'taken' AND step <= ?"
             do.execute(f"DELETE FROM episodes WHERE number IN ({old})", (step,))
             do.execute(f"UPDATE groups SET prompt = {_ONLY_ID} WHERE state = 'taken' AND step <= ?", (step,))
@@ -107,19 +101,18 @@ class RolloutJournal:
 
     def settings(self) -> dict[str, str]:
         """What the samples were made with, setting by setting; empty for a new journal."""
-        with self._told():
-            return dict(self._file.execute("SELECT setting, value FROM made_with"))
+        return dict(self._file.rows("SELECT setting, value FROM made_with"))
 
     def begin(self, settings: Mapping[str, str]) -> None:
         """Forget everything, and note what samples are made with from now on."""
-        with self._transaction() as do:
+        with self._file.transaction() as do:
             for table in ("made_with", "fetches", "groups", "episodes"):
                 do.execute(f"DELETE FROM {table}")
             do.executemany("INSERT INTO made_with VALUES (?, ?)", settings.items())
 
     def go_back(self, step: int, num_groups: int, settings: Mapping[str, str]) -> None:
         """Be as after `step`, when there were `num_groups` groups, with no sample of those that were not consumed."""
-        with self._transaction() as do:
+        with self._file.transaction() as do:
             do.execute("DELETE FROM groups WHERE number >= ?", (num_groups,))
             do.execute("DELETE FROM fetches WHERE last >= ?", (num_groups,))
             later = "state IN ('open', 'ready') OR (state = 'taken' AND step > ?)"
@@ -131,26 +124,23 @@ class RolloutJournal:
 
     def restart_unfinished(self) -> None:
         """Forget the samples of all groups that no step has consumed."""
-        with self._transaction() as do:
+        with self._file.transaction() as do:
             do.execute("UPDATE groups SET state = 'open' WHERE state = 'ready'")
             do.execute("DELETE FROM episodes WHERE number IN (SELECT number FROM groups WHERE state = 'open')")
 
     def position(self) -> tuple[int, dict[str, Any] | None]:
         """How many groups there are, and where the prompts stand; None before the first."""
-        with self._told():
-            row = self._file.execute("SELECT last, source FROM fetches ORDER BY last DESC LIMIT 1").fetchone()
-        return (row[0] + 1, json.loads(row[1])) if row else (0, None)
+        found = self._file.rows("SELECT last, source FROM fetches ORDER BY last DESC LIMIT 1")
+        return (found[0][0] + 1, json.loads(found[0][1])) if found else (0, None)
 
     def last_step(self) -> int:
         """The last step that groups were consumed by; 0 before the first."""
-        with self._told():
-            return self._file.execute("SELECT max(step) FROM groups").fetchone()[0] or 0
+        return self._file.rows("SELECT max(step) FROM groups")[0][0] or 0
 
     def last_forgotten(self) -> int:
         """The last step whose groups are only listed any more; 0 if there is none."""
         query = "SELECT max(step) FROM groups WHERE state = 'taken' AND number NOT IN (SELECT number FROM episodes)"
-        with self._told():
-            return self._file.execute(query).fetchone()[0] or 0
+        return self._file.rows(query)[0][0] or 0
 
     def of_step(self, step: int, make: Any) -> list[Group]:
         """The groups that a step consumed, in their order; none if it has not come to that step."""
@@ -165,19 +155,17 @@ class RolloutJournal:
 
     def census(self) -> list[tuple[int, str, str, int | None, str | None]]:
         """(number, prompt id, state, step, reason) of every group there ever was."""
-        with self._told():
-            rows = self._file.execute("SELECT number, prompt, state, step, reason FROM groups ORDER BY number")
-            return [(number, json.loads(prompt)["id"], *rest) for number, prompt, *rest in rows]
+        rows = self._file.rows("SELECT number, prompt, state, step, reason FROM groups ORDER BY number")
+        return [(number, json.loads(prompt)["id"], *rest) for number, prompt, *rest in rows]
 
     def close(self) -> None:
         """Let go of the file."""
-        with self._told():
-            self._file.close()
+        self._file.close()
 
     # --- rows ---------------------------------------------------------------------------------------------
 
     def _set(self, group: Group, state: State) -> None:
-        with self._transaction() as do:
+        with self._file.transaction() as do:
             do.execute("UPDATE groups SET state = ? WHERE number = ?", (state, number_of(group)))
             do.execute("DELETE FROM episodes WHERE number = ?", (number_of(group),))
             for position, episode in enumerate(group.episodes):
@@ -193,16 +181,15 @@ class RolloutJournal:
         do.execute("INSERT OR REPLACE INTO episodes VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def _groups(self, where: str, values: tuple, make: Any) -> list[Group]:
-        with self._told():
-            rows = self._file.execute(f"SELECT number, prompt, begun FROM groups WHERE {where}", values).fetchall()
-            return [self._group(make(name_of(n), Prompt(**json.loads(p)), begun)) for n, p, begun in rows]
+        rows = self._file.rows(f"SELECT number, prompt, begun FROM groups WHERE {where}", values)
+        return [self._group(make(name_of(n), Prompt(**json.loads(p)), begun)) for n, p, begun in rows]
 
     def _group(self, group: Group) -> Group:
         """The group with what is known of its episodes; those of which nothing is known are as `make` made them."""
         columns = ", ".join(_ARRAYS)
         query = f"SELECT position, told, {columns} FROM episodes WHERE number = ? ORDER BY position"
         known: dict[int, Episode] = {}
-        for position, told, *blobs in self._file.execute(query, (number_of(group),)):
+        for position, told, *blobs in self._file.rows(query, (number_of(group),)):
             fields = json.loads(told)
             fields["versions"] = [VersionSpan(**span) for span in fields["versions"]]
             for (name, dtype), blob in zip(_ARRAYS.items(), blobs, strict=True):
@@ -212,28 +199,6 @@ class RolloutJournal:
         size = max(len(group.episodes), 1 + max(known, default=-1))
         group.episodes = [known[i] if i in known else group.episodes[i] for i in range(size)]
         return group
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Cursor]:
-        with self._told():
-            cursor = self._file.cursor()
-            cursor.execute("BEGIN IMMEDIATE")
-            try:
-                yield cursor
-            except BaseException:
-                cursor.execute("ROLLBACK")
-                raise
-            cursor.execute("COMMIT")
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise CheckpointError(
-                f"{self.path or 'the journal in memory'} cannot be read or written: {error}; make room or make it "
-                "writable, or move it away to sample anew what no checkpoint has seen"
-            ) from error
 
 
 _APART = ("prompt", *_ARRAYS)

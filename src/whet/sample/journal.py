@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from whet.database import Database
 from whet.errors import CheckpointError
 from whet.types import Episode, Status
 
 FILE = "journal.sqlite"
+REMEDY = "make room or make it writable, or move it away to begin anew"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS made_with (setting TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS groups (
@@ -48,19 +48,13 @@ class Journal:
     """
 
     def __init__(self, path: Path, made_with: Mapping[str, str]) -> None:
-        self.path = path
-        with self._told():
-            self._file = sqlite3.connect(path, isolation_level=None)
-            try:
-                # A reader never waits for the writer, and a write survives the end of the machine.
-                self._file.execute("PRAGMA journal_mode=WAL")
-                self._file.execute("PRAGMA synchronous=FULL")
-                self._file.executescript(_SCHEMA)
-                self._require(made_with)
-                self._scored: dict[int, int] = dict(self._file.execute("SELECT position, scored FROM groups"))
-            except BaseException:
-                self._file.close()
-                raise
+        self._file = Database(path, _SCHEMA, remedy=REMEDY, survives="machine")
+        try:
+            self._require(made_with)
+            self._scored: dict[int, int] = dict(self._file.rows("SELECT position, scored FROM groups"))
+        except BaseException:
+            self._file.close()
+            raise
 
     def __len__(self) -> int:
         return len(self._scored)
@@ -77,20 +71,18 @@ class Journal:
         assert position not in self, f"the group at {position} is in the journal already"
         scored = sum(one.score is not None for one in group)
         content = json.dumps([asdict(one) for one in group], ensure_ascii=False)
-        with self._told():
-            self._file.execute("INSERT INTO groups VALUES (?, ?, ?, ?)", (position, prompt, scored, content))
+        with self._file.transaction() as do:
+            do.execute("INSERT INTO groups VALUES (?, ?, ?, ?)", (position, prompt, scored, content))
         self._scored[position] = scored
 
     def groups(self) -> Iterator[tuple[int, list[Completed]]]:
         """Every group with its position, in the order of the prompts, one at a time."""
-        with self._told():
-            for position, content in self._file.execute("SELECT position, completions FROM groups ORDER BY position"):
-                yield position, [Completed(**one) for one in json.loads(content)]
+        for position, content in self._file.each("SELECT position, completions FROM groups ORDER BY position"):
+            yield position, [Completed(**one) for one in json.loads(content)]
 
     def close(self) -> None:
         """Let go of the file; what was written is in it alone, without files beside it."""
-        with self._told():
-            self._file.close()
+        self._file.close()
 
     def __enter__(self) -> Journal:
         return self
@@ -100,29 +92,18 @@ class Journal:
 
     def _require(self, made_with: Mapping[str, str]) -> None:
         """Note what a new journal is made with; compare that of an old one."""
-        known = dict(self._file.execute("SELECT setting, value FROM made_with"))
+        known = dict(self._file.rows("SELECT setting, value FROM made_with"))
         if not known:
-            self._file.execute("BEGIN IMMEDIATE")
-            self._file.executemany("INSERT INTO made_with VALUES (?, ?)", made_with.items())
-            self._file.execute("COMMIT")
+            with self._file.transaction() as do:
+                do.executemany("INSERT INTO made_with VALUES (?, ?)", made_with.items())
             return
         changed = [name for name in {**known, **made_with} if known.get(name) != made_with.get(name)]
         if changed:
             listed = "; ".join(f"{name} was {_short(known, name)} and is {_short(made_with, name)}" for name in changed)
             raise CheckpointError(
-                f"{self.path} holds completions that were made otherwise: {listed}. Restore what has changed, set "
-                "output_dir to another folder, or remove the journal to begin anew"
+                f"{self._file.path} holds completions that were made otherwise: {listed}. Restore what has changed, "
+                "set output_dir to another folder, or remove the journal to begin anew"
             )
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise CheckpointError(
-                f"{self.path} cannot be read or written: {error}; make room or make it writable, or move it away to "
-                "begin anew"
-            ) from error
 
 
 def _short(values: Mapping[str, str], name: str) -> str:
