@@ -197,6 +197,74 @@ BROKEN = {
         "remove it",
     ),
     "a template without its place": (SFT, {"data.prompt_template": "Q:"}, "data.prompt_template: 'Q:'", "{prompt}"),
+    "too few prompts at a time": (
+        GRPO,
+        {"rollout.oversampling": 16},
+        "rollout.oversampling is 16, but a step needs 32 groups",
+        "raise it",
+    ),
+    "over-sampling without a pause": (
+        GRPO,
+        {"rollout.oversampling": 64, "rollout.mode": "async"},
+        "rollout.oversampling is 64, but in mode async",
+        "remove it",
+    ),
+    "nothing to go on with": (GRPO, {"rollout.partial": True}, "rollout.partial is true, but nothing", "oversampling"),
+    "nothing that was begun earlier": (
+        GRPO,
+        {"rollout.mask_offpolicy": True},
+        "rollout.mask_offpolicy is true, but without rollout.partial",
+        "remove it",
+    ),
+    "no left-over groups": (
+        GRPO,
+        {"rollout.buffer.use": "pop_first"},
+        "rollout.buffer is 'pop_first', but",
+        "remove it",
+    ),
+    "nothing is rejected": (GRPO, {"rollout.max_fetches": 3}, "rollout.max_fetches is 3, but without", "remove it"),
+    "nothing grows stale": (
+        GRPO,
+        {"rollout.max_staleness": 2},
+        "rollout.max_staleness is 2, but in mode sync",
+        "async",
+    ),
+    "too little staleness": (
+        GRPO,
+        {
+            "rollout.max_staleness": 3,
+            "rollout.mode": "async",
+            "rollout.optimizer_steps": 2,
+            "rollout.num_ppo_epochs": 2,
+        },
+        "rollout.max_staleness is 3, but in mode async",
+        "give at least 4",
+    ),
+    "a step off, and how far": (
+        GRPO,
+        {"rollout.max_staleness": 3, "rollout.mode": "one_step_off"},
+        "rollout.max_staleness is 3, but in mode one_step_off",
+        "remove it",
+    ),
+    "what to do with nothing": (GRPO, {"rollout.stale": "drop"}, "rollout.stale is 'drop', but nothing", "remove it"),
+    "two that play": (
+        GRPO,
+        {"rollout.generate.use": "mine:play", "env.use": "single"},
+        "rollout.generate is 'mine:play', but env is given",
+        "remove one",
+    ),
+    "a filter for rows": (
+        {**SFT, "method": "gkd", "distill.teacher": "teacher"},
+        {"rollout.mode": "async"},
+        "rollout.mode is 'async', but gkd has no use for it",
+        "remove it",
+    ),
+    "the embedded engine's settings for another": (
+        GRPO,
+        {"engine.use": "mine:Engine", "engine.packed_weights": False},
+        "engine.packed_weights is false, but only the embedded engine has it",
+        "remove it",
+    ),
 }
 
 

@@ -214,3 +214,9 @@ async def test_the_math_reward_judges_what_the_engine_says(make_source):
     assert sum(len(unit.samples) for unit in units) == 16
     assert source.stats["perf/generation_tokens_per_s"] > 0
     assert source.stats["rollout/response_length_max"] <= MAX_TOKENS
+
+
+async def test_what_the_engine_keeps_goes_when_the_step_has_been_sampled(make_source):
+    source = make_source()
+    await source.take(2)
+    assert source._engine._prompts.kept.num_bytes == 0

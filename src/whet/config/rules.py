@@ -14,7 +14,7 @@ from whet.config.names import did_you_mean, show
 from whet.config.problems import Problem
 from whet.config.roles import ReferenceConfig
 from whet.config.rollout import RolloutConfig
-from whet.config.rollout_rules import idle_problems, rollout_problems
+from whet.config.rollout_rules import engine_problems, idle_problems, rollout_problems
 from whet.config.run import RunConfig
 from whet.config.sample_rules import sampling_problems
 from whet.config.train import TrainConfig
@@ -248,6 +248,10 @@ def _groups(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _engine(config: RunConfig) -> Iterator[Problem]:
+    yield from engine_problems(config.engine)
+
+
 def _loss(config: RunConfig) -> Iterator[Problem]:
     if config.loss and config.terms:
         yield _problem(
@@ -355,6 +359,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _distillation,
     _reference,
     _groups,
+    _engine,
     _loss,
     _precision,
     _quantised,

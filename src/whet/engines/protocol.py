@@ -11,6 +11,9 @@ from whet.types import Completion, Sampling
 class Engine(Protocol):
     """Samples completions of token sequences. Token-in, token-out: no engine sees or makes text.
 
+    An engine may have a method `release()`, which lets go of what it keeps for later requests: it is called when a
+    step or an evaluation has been sampled, and the trainer needs the memory.
+
     Every wait has a limit: a method that cannot answer within the engine's own raises EngineError and
     says what it waited for. A failure reaches every caller that waits; none is left hanging.
     """
@@ -55,3 +58,9 @@ class Engine(Protocol):
     def health(self) -> dict[str, Any]:
         """At least `status` (`ok`, `paused`, `closed`), `version`, and the numbers `active` and `waiting`."""
         ...
+
+
+def release(engine: Engine) -> None:
+    """Let an engine let go of what it keeps for later requests, if it keeps anything."""
+    if (let_go := getattr(engine, "release", None)) is not None:
+        let_go()

@@ -18,7 +18,7 @@ from whet.data.prepare import prepare
 from whet.data.prepared import Prepared
 from whet.data.prompts import prepare_prompts
 from whet.data.source import PromptRows, RowSource
-from whet.engines.protocol import Engine
+from whet.engines.protocol import Engine, release
 from whet.envs.registry import build_env, check_prompts
 from whet.errors import Gathering
 from whet.feeds.connected import Connected
@@ -166,14 +166,16 @@ class PromptFeed:
         """Sample the prompts of all held-out sets and score them; metrics are named `eval/…`."""
         for held in self.held_out:
             held.scorer.load(policy.config.backend)
+        engine = engine or policy.engine()
         metrics, self.transcripts = await evaluate_sets(
             self.held_out,
-            engine or policy.engine(),
+            engine,
             self.env,
             self.config,
             self.tokenizer,
             policy.stop_token_ids,
         )
+        release(engine)  # the weights may change before the next evaluation
         return metrics
 
 

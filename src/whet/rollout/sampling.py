@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.config.rollout import RolloutConfig
-from whet.engines.protocol import Engine
+from whet.engines.protocol import Engine, release
 from whet.errors import EngineError
 from whet.rollout.collect import Collector
 from whet.rollout.filters import Choices, build_choices
@@ -181,7 +181,10 @@ class RolloutSource:
             await self._update_engine()
             return groups
         await self._update_engine()
-        return await collector.collect(n, step)
+        groups = await collector.collect(n, step)
+        if self._config.mode == "sync":
+            release(self._engine)
+        return groups
 
     async def _update_engine(self) -> None:
         if self._engine_version != self._version:
