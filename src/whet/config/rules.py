@@ -115,9 +115,10 @@ def _belongs(config: RunConfig) -> Iterator[Problem]:
     for name, methods in BELONGS.items():
         default = RunConfig.model_fields[name].get_default(call_default_factory=True)
         if config.method not in methods and getattr(config, name) != default:
-            other = f"set method to {' or '.join(methods)}" if len(methods) < 5 else f"it goes with {methods[0]}"
-            if methods[0] in REINFORCES:
-                other = f"set method to {methods[0]}, or another that samples"
+            first = methods[0]
+            other = f"set method to {' or '.join(methods)}" if len(methods) < 5 else f"it goes with {first}"
+            if first in REINFORCES:
+                other = f"set method to {first}, or another that samples"
             yield _problem(name, f"{name} is given, but {config.method} has no use for it; remove it, or {other}")
     if _reinforces(config):
         yield from _rollouts_alone(config)
