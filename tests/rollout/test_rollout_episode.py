@@ -275,3 +275,47 @@ async def test_a_plain_method_that_hangs_fails_its_episode(scripted, make_prompt
     prompt = make_prompt("Q:")
     episode = await play(scripted(lambda *_: "x"), Stuck(prompt, tokenizer), prompt, tokenizer, timeout_s=0.05)
     assert episode.error == "environment Stuck.step did not answer within 0.05 s"
+
+
+async def test_an_episode_ends_where_the_model_has_no_more_positions(scripted, make_prompt, tokenizer):
+    engine = scripted(lambda *_: "word")
+    engine.max_length = 13
+    env = Dialogue(tokenizer, "<tool>", "<tool>", "<tool>")
+    episode = await play(engine, env, make_prompt("Q:"), tokenizer, max_tokens=100)
+    assert episode.status == "truncated" and len(episode.tokens) == 13
+    assert [sampling.max_tokens for _, sampling, _ in engine.calls] == [11], "then there was no room"
+
+
+async def test_an_episode_that_was_aborted_goes_on_where_it_stopped(scripted, make_prompt, tokenizer):
+    parts = [
+        Completion([97, 98], [-1.0, -2.0], "abort", (VersionSpan(0, 0, 2),)),
+        Completion([99], [-3.0], "stop", (VersionSpan(1, 0, 1),)),
+    ]
+    engine = scripted(lambda *_: parts.pop(0))
+    env = Dialogue(tokenizer)
+    played = Play(Episode(make_prompt("Q:"), "g0", 1), env)
+    run = {"seed": 3, "decode": response_decoder(tokenizer), "timeout_s": 5.0}
+    assert (await played.run(engine, Sampling(max_tokens=8), **run)).status == "aborted"
+    assert env.seen == [] and not played.closed
+    episode = await played.run(engine, Sampling(max_tokens=8), **run)
+    assert episode.status == "completed" and played.closed
+    (seen,) = env.seen
+    assert seen == Completion([97, 98, 99], [-1.0, -2.0, -3.0], "stop", (VersionSpan(0, 0, 2), VersionSpan(1, 2, 3)))
+    asked = [(tokens, sampling.max_tokens) for tokens, sampling, _ in engine.calls]
+    assert asked == [([*b"Q:"], 8), ([*b"Q:ab"], 6)]
+    assert engine.calls[0][1].seed != engine.calls[1][1].seed, "the draws of the first part are not repeated"
+
+
+@pytest.mark.parametrize(("greeting", "goes_on"), [("hi", True), ("ho", False)])
+async def test_an_episode_of_an_earlier_process_goes_on_if_its_environment_begins_alike(
+    greeting: str, goes_on: bool, scripted, make_prompt, tokenizer
+):
+    engine = scripted(lambda *_: "x")
+    episode = Episode(make_prompt("Q:"), "g0", 1)
+    episode.inject([*b"hi"])
+    episode.extend(Completion([97], [-1.0], "abort", (VersionSpan(0, 0, 1),)))
+    played = Play(episode, Dialogue(tokenizer, greeting=greeting))
+    await played.run(engine, Sampling(max_tokens=8), seed=3, decode=response_decoder(tokenizer), timeout_s=5.0)
+    begin = [*b"Q:", *greeting.encode(), *([97] if goes_on else [])]
+    assert episode.tokens == [*begin, ord("x"), tokenizer.eos_token_id]
+    assert [span.start for span in episode.versions] == ([4, 5] if goes_on else [4])

@@ -171,6 +171,18 @@ async def test_what_goes_wrong_costs_the_episode(how: str, told: str, scripted, 
     assert episode.tokens == [*b"Q:"]
 
 
+async def test_a_request_that_can_never_be_served_costs_the_episode(scripted, make_prompt, tokenizer):
+    engine = scripted(lambda *_: "x")
+
+    def validate(tokens, sampling):
+        raise EngineError("together more than the 8 positions of the model")
+
+    engine.validate = validate
+    episode = (await play("twice", engine, make_prompt("Q:"), tokenizer)).episode
+    assert episode.status == "failed" and "more than the 8 positions" in (episode.error or "")
+    assert engine.calls == []
+
+
 async def test_an_engine_that_fails_or_is_silent_ends_the_run(make_prompt, tokenizer):
     class Failing:
         async def generate(self, *_: Any, **__: Any) -> Completion:

@@ -12,7 +12,9 @@ class Engine(Protocol):
     """Samples completions of token sequences. Token-in, token-out: no engine sees or makes text.
 
     An engine may have a method `release()`, which lets go of what it keeps for later requests: it is called when a
-    step or an evaluation has been sampled, and the trainer needs the memory.
+    step or an evaluation has been sampled, and the trainer needs the memory; a number `max_length` of tokens that a
+    prompt and its completion may have together; and a method `validate(tokens, sampling)`, which raises EngineError for
+    a request that it could never serve.
 
     Every wait has a limit: a method that cannot answer within the engine's own raises EngineError and
     says what it waited for. A failure reaches every caller that waits; none is left hanging.

@@ -53,8 +53,8 @@ class Play:
 
         `sampling.max_tokens` bounds the sampled tokens of all turns together; each turn samples with a
         seed derived from (seed, group, index, turn). Status: `completed` (the environment ended it),
-        `truncated` (the tokens ran out), `aborted` (the engine was told to stop), `failed` (the
-        environment raised or took longer than `timeout_s`; `error` says why).
+        `truncated` (the tokens, or the positions of the model, ran out), `aborted` (the engine was told to stop),
+        `failed` (the environment raised or took longer than `timeout_s`; `error` says why).
         Raises EngineError if the engine fails, or does not answer one completion within `timeout_s`.
         """
         episode = self.episode
@@ -85,7 +85,7 @@ class Play:
         episode = self.episode
         if self._begin is None:
             await self._reset(timeout_s)
-        while (left := sampling.max_tokens - episode.num_sampled) > 0:
+        while (left := self._room(engine, sampling)) > 0:
             asked = replace(sampling, max_tokens=left, seed=self._seed(seed))
             completion = await _complete(episode, engine, asked, timeout_s)
             episode.extend(completion)
@@ -99,6 +99,11 @@ class Play:
             episode.inject(answer.observation.tokens)
             self._turn, self._begin = self._turn + 1, len(episode.tokens)
         episode.status = "truncated"
+
+    def _room(self, engine: Engine, sampling: Sampling) -> int:
+        """Tokens that may still be sampled; what environments say counts towards the positions of the model."""
+        left, longest = sampling.max_tokens - self.episode.num_sampled, getattr(engine, "max_length", None)
+        return left if longest is None else min(left, longest - len(self.episode.tokens))
 
     async def _reset(self, timeout_s: float) -> None:
         """Begin; go on with what an earlier process sampled in the first turn, and with nothing of later ones."""

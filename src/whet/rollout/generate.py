@@ -179,6 +179,7 @@ class Sampler:
         """One completion; see `Engine.generate`. `sampling.seed` need not differ from call to call."""
         number, self._num_calls = self._num_calls, self._num_calls + 1
         sampling = replace(sampling, seed=derive_seed(sampling.seed, number))
+        self._require_servable(tokens, sampling)
         try:
             async with asyncio.timeout(self._timeout_s):
                 completion = await self._engine.generate(tokens, sampling, prefix_key=prefix_key or self._prefix_key)
@@ -191,6 +192,13 @@ class Sampler:
         versions = [span.version for span in completion.versions]
         self.oldest_version = min(versions + [self.oldest_version] * bool(number), default=0)
         return completion
+
+    def _require_servable(self, tokens: Sequence[int], sampling: Sampling) -> None:
+        """A request that the engine can never serve is a fault of the function: it costs one episode, not the run."""
+        try:
+            getattr(self._engine, "validate", lambda *_: None)(tuple(tokens), sampling)
+        except EngineError as error:
+            raise ValueError(str(error)) from error
 
 
 def _checked(episode: Any) -> Episode:
