@@ -46,6 +46,39 @@ async def test_rewards_add_up_with_their_weights():
     assert episode.status == "completed"
 
 
+def leaves(episode: Episode) -> float:
+    raise SystemExit("enough")
+
+
+def cancels(episode: Episode) -> float:
+    raise asyncio.CancelledError
+
+
+async def cancels_itself(episode: Episode) -> float:
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize(
+    ("reward", "told"),
+    [
+        (lambda e: next(iter(())), "StopIteration"),
+        (leaves, "SystemExit enough"),
+        (cancels, "CancelledError"),
+        (cancels_itself, "CancelledError"),
+    ],
+    ids=["stop", "exit", "cancel", "cancel async"],
+)
+async def test_what_would_end_the_run_or_never_be_heard_of_costs_the_episode(reward, told):
+    episode = await asyncio.wait_for(scored(reward), 5)
+    assert episode.status == "failed" and episode.error == f"reward 'mine' raised RuntimeError: {told}"
+
+
+async def test_a_number_that_float32_cannot_square_is_no_reward():
+    episode = await scored(lambda e: -2e18)
+    assert episode.reward is None and "too large to compute with in float32" in (episode.error or "")
+    assert (await scored(lambda e: 1e18)).reward == 1e18
+
+
 async def test_the_score_of_a_dict_counts_and_its_parts_are_recorded():
     episode = await scored(lambda e: {"score": 0.5, "acc": 1})
     assert episode.reward == 0.5

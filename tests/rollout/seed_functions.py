@@ -21,6 +21,18 @@ def broken(args, samples: list):
     return 1 / 0
 
 
+async def forgetful(args, samples: list):
+    return True
+
+
+def undecided(args, samples: list):
+    return torch.tensor([True, False])
+
+
+def junk(args, rollout_id, buffer: list[list], num_samples: int):
+    return [1]
+
+
 def without_the_first(args, groups: list[list]):
     for group in groups:
         group[0].remove_sample = True

@@ -17,10 +17,12 @@ from virtual import run_at_once
 from whet.config.base import Plugin
 from whet.config.rollout import RolloutConfig
 from whet.envs.single import SingleTurn
-from whet.errors import EngineError, RewardError
+from whet.errors import CheckpointError, ConfigError, DataError, EngineError, RewardError
+from whet.rollout.group import Group
 from whet.rollout.journal import RolloutJournal
 from whet.rollout.sampling import RolloutSource
-from whet.types import Prompt
+from whet.rollout.supply import Supply
+from whet.types import Episode, Prompt
 
 
 def number(group: str) -> int:
@@ -212,6 +214,77 @@ def test_a_filter_that_raises_is_told_with_its_name(make_source):
     source, _ = make_source(filter=Plugin(use="seed_functions:broken"))
     with pytest.raises(RewardError, match=r"rollout\.filter 'seed_functions:broken' raised ZeroDivisionError on group"):
         run_at_once(source.take(4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"filter": Plugin(use="seed_functions:undecided")},
+            "rollout.filter 'seed_functions:undecided' raised Runtime",
+        ),
+        ({"buffer": Plugin(use="seed_functions:junk")}, "rollout.buffer 'seed_functions:junk' raised TypeError on"),
+    ],
+)
+def test_an_answer_that_cannot_be_read_is_told_as_an_error_of_the_function(settings, told, make_source):
+    source, _ = make_source(oversampling=8, **settings)
+
+    async def steps():
+        await source.take(4)
+        await source.take(4)
+
+    with pytest.raises(RewardError, match=told):
+        run_at_once(steps())
+
+
+def test_a_filter_that_nothing_would_await_is_refused(make_source):
+    with pytest.raises(ConfigError, match=r"seed_functions:forgetful', which is async; expected a plain function"):
+        make_source(filter=Plugin(use="seed_functions:forgetful"))
+
+
+def test_a_cancellation_from_within_ends_the_step_and_does_not_hang_it(make_source):
+    def cancelled(episode):
+        raise asyncio.CancelledError("by a library")
+
+    source, _ = make_source(reward=cancelled)
+    with pytest.raises(EngineError, match=r"group g\d cancelled itself"):
+        run_at_once(source.take(4))
+
+
+class Odd:
+    """A source of prompts that gives whatever it is told to."""
+
+    def __init__(self, given):
+        self.given = given
+
+    async def take(self, n):
+        if isinstance(self.given, Exception):
+            raise self.given
+        return self.given
+
+    def state_dict(self):
+        return {"set": {1}}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (OSError("no disk"), r"Odd.take\(2\), raised OSError: no disk"),
+        (["text"], r"Odd.take\(2\), gave 'text'; expected from 1 to 2 whet.types.Prompt"),
+        ([Prompt("p", [1], "?")] * 3, r"Odd.take\(2\), gave 3 prompts; expected"),
+        (None, "there is no prompt to sample from"),
+    ],
+    ids=["raises", "text", "too many", "none"],
+)
+async def test_what_a_source_does_wrong_is_told_with_its_name(given, told):
+    supply = Supply(Odd(given), lambda *_: pytest.fail("nothing begins"), lambda *_: [], RolloutJournal(None))
+    with pytest.raises(DataError, match=told):
+        await supply.next(2, 1)
+
+
+def test_a_position_that_is_no_json_is_told(make_source):
+    with pytest.raises(CheckpointError, match="source of prompts cannot be kept as JSON"):
+        RolloutJournal(None).fetched([Group("g0", [Episode(Prompt("p", [1], "?"), "g0", 0)])], Odd(None).state_dict())
 
 
 def test_a_sample_filter_takes_samples_out_of_the_loss_and_leaves_their_rewards(make_source):

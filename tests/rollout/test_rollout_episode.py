@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 
@@ -124,6 +125,40 @@ async def test_an_environment_that_raises_fails_its_episode(scripted, make_promp
     assert episode.status == "failed"
     assert episode.error == "environment Broken.step raised KeyError: 'browser'"
     assert episode.response == "x"
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (lambda: None, "environment Odd.step returned None, expected Turn"),
+        (lambda: Turn(False, Observation("ab")), "environment Odd.step observed 'ab', expected token ids"),
+        (lambda: Turn(False, Observation([-1])), "environment Odd.step observed [-1], expected token ids"),
+        (lambda: next(iter(())), "environment Odd.step raised RuntimeError: StopIteration"),
+        (sys.exit, "environment Odd.step raised RuntimeError: SystemExit"),
+    ],
+    ids=["nothing", "text", "negative", "stop", "exit"],
+)
+async def test_an_environment_that_answers_what_is_none_fails_its_episode(
+    answer, told, scripted, make_prompt, tokenizer
+):
+    class Odd:
+        def reset(self) -> Observation:
+            return Observation()
+
+        def step(self, completion: Completion) -> Turn:
+            return answer()
+
+    episode = await play(scripted(lambda *_: "x"), Odd(), make_prompt("Q:"), tokenizer, max_tokens=4)
+    assert episode.status == "failed" and told in (episode.error or "")
+
+
+async def test_one_stop_text_of_an_environment_is_not_taken_letter_by_letter(scripted, make_prompt, tokenizer):
+    class Stopping(SingleTurn):
+        stop = "</search>"
+
+    prompt, engine = make_prompt("Q:"), scripted(lambda *_: "x")
+    await play(engine, Stopping(prompt, tokenizer), prompt, tokenizer)
+    assert engine.calls[0][1].stop == ("</search>",)
 
 
 async def test_an_environment_that_does_not_answer_fails_its_episode(scripted, make_prompt, tokenizer):

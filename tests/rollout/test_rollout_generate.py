@@ -96,6 +96,17 @@ async def wrong(episode, engine, sampling, *, how: str):
         return "done"
     if how == "nothing":
         return []
+    if how == "cancels":
+        raise asyncio.CancelledError
+    if how == "leaves":
+        raise SystemExit(3)
+    odd = {"reward": "1", "status": "great", "sampler_logprobs": [float("nan")] * len(episode.tokens)}
+    if how in odd:
+        episode.status = "completed"
+        setattr(episode, how, odd[how])
+    if how == "double":
+        episode.status = "completed"
+        return [episode, episode]
     if how == "short":
         episode.tokens.append(1)
         episode.status = "completed"
@@ -161,6 +172,12 @@ async def test_a_function_plays_the_episode_and_each_call_draws_anew(scripted, m
         ("nothing", "returned an empty list"),
         ("short", "returned an episode with 3 tokens, 2 loss_mask, 2 sampler_logprobs"),
         ("pending", "returned an episode that is pending"),
+        ("cancels", "raised RuntimeError: CancelledError"),
+        ("leaves", "raised RuntimeError: SystemExit 3"),
+        ("reward", "with the reward '1', expected a number"),
+        ("status", "with status 'great', expected one of completed"),
+        ("sampler_logprobs", "a logprob in sampler_logprobs that is not finite"),
+        ("double", "returned one episode twice in a list"),
         ("sleeps", "took longer than its timeout_s of 0.05 s"),
     ],
 )

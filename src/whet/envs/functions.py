@@ -19,7 +19,7 @@ from whet.data.problems import Malformed
 from whet.envs.calculator import calculate
 from whet.envs.calls import Call
 from whet.errors import ConfigError
-from whet.rollout.threads import Threads
+from whet.rollout.threads import Threads, heard
 
 BUILTINS: dict[str, Any] = {"calculator": calculate}
 
@@ -49,7 +49,7 @@ class Tool:
                 result = await threads.run(asked, timeout_s=timeout_s)
             if inspect.isawaitable(result):
                 async with asyncio.timeout(timeout_s):
-                    return await result
+                    return await heard(result)
             return result
         except TimeoutError as error:
             raise ToolFailure(f"{self.name} took longer than {timeout_s:g} s") from error

@@ -13,7 +13,7 @@ from typing import Any
 
 from whet.config.backend import BackendConfig
 from whet.errors import DataError, RewardError
-from whet.rollout.threads import in_thread
+from whet.rollout.threads import heard, in_thread
 from whet.types import Episode, Prompt
 
 logger = logging.getLogger(__name__)
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 # More at a time would only take each other's share of the interpreter, and run into their limits.
 MAX_THREADS = 16
 EXCERPT_CHARACTERS = 80
+LARGEST = 1e18
+"""Of a reward: the square of a deviation stays within float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +266,8 @@ def number(value: Any) -> float:
     result = float(value)
     if not math.isfinite(result):
         raise _Failure(f"returned {result}, which is no reward")
+    if abs(result) > LARGEST:
+        raise _Failure(f"returned {result:g}, which is too large to compute with in float32")
     return result
 
 
@@ -277,7 +281,7 @@ async def within(timeout_s: float, awaitable: Awaitable[Any]) -> Any:
     limit = asyncio.timeout(timeout_s)
     try:
         async with limit:
-            return await awaitable
+            return await heard(awaitable)
     except TimeoutError as error:
         if limit.expired():
             raise _Failure(f"took longer than its timeout_s of {timeout_s:g} s") from error

@@ -150,11 +150,18 @@ class Collector:
                 await self._player.forget(group)
             if self._capacity:
                 await self._fill()
+        except asyncio.CancelledError as error:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise  # it was left over, or the run ends
+            self._failed(group, EngineError(f"group {group.id} cancelled itself: {error}; look at your own functions"))
         except Exception as error:  # whoever takes groups is told
-            self._playing.pop(group.id, None)
-            self._error = self._error or error
+            self._failed(group, error)
         finally:
             self._changed.set()
+
+    def _failed(self, group: Group, error: Exception) -> None:
+        self._playing.pop(group.id, None)
+        self._error = self._error or error
 
     def _judge(self, group: Group) -> None:
         self.settled.append(group)

@@ -59,7 +59,9 @@ class Play:
         """
         episode = self.episode
         episode.status = "pending"
-        sampling = replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *getattr(self.env, "stop", ())))))
+        own = getattr(self.env, "stop", ())
+        own = (own,) if isinstance(own, str) else own
+        sampling = replace(sampling, stop=tuple(dict.fromkeys((*sampling.stop, *own))))
         try:
             await self._play(engine, sampling, seed, timeout_s)
             episode.info = info_of(self.env)

@@ -5,9 +5,10 @@ The functions are called as slime calls its own: with the settings of the run, a
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from whet.config.base import Config, Plugin
 from whet.config.plugin import options_of, resolve, validated_options
 from whet.config.rollout import RolloutConfig
-from whet.errors import RewardError
+from whet.errors import ConfigError, RewardError
 from whet.rollout.group import Group
 from whet.rollout.slime import SlimeArgs, SlimeSample
 
@@ -75,15 +76,18 @@ def _build_filter(plugin: Plugin | None, run: Config | None) -> Filter:
     if plugin is None:
         return lambda group: None if any(one.reward is not None for one in group.episodes) else FAILED
     function, args = _function(plugin, FILTERS, "filter", run)
+    name = f"rollout.filter {plugin.use!r}"
+
+    def verdict(samples: list[SlimeSample]) -> tuple[bool, Any]:
+        answer = function(args, samples)
+        return bool(getattr(answer, "keep", answer)), getattr(answer, "reason", None)
 
     def judge(group: Group) -> str | None:
         samples = [SlimeSample.of(episode) for episode in group.episodes if episode.reward is not None]
         if not samples:
             return FAILED
-        answer = _called(f"rollout.filter {plugin.use!r}", f"group {group.id}", function, args, samples)
-        if getattr(answer, "keep", answer):
-            return None
-        return _word(getattr(answer, "reason", None) or plugin.use)
+        kept, reason = _called(name, f"group {group.id}", verdict, samples)
+        return None if kept else _word(reason or plugin.use)
 
     return judge
 
@@ -93,11 +97,13 @@ def _build_order(plugin: Plugin | None, run: Config | None) -> Order:
     function, args = _function(plugin or Plugin(use="pop_first"), ORDERS, "buffer", run)
     name = f"rollout.buffer {plugin.use if plugin else 'pop_first'!r}"
 
+    def pick(step: int, buffer: list[list[SlimeSample]], n: int, known: Mapping[str, Group]) -> list[Group]:
+        return [known[samples[0].group_index] for samples in function(args, step, buffer, n) or []]
+
     def choose(step: int, groups: list[Group], n: int) -> list[Group]:
         buffer = [[SlimeSample.of(episode) for episode in group.episodes] for group in groups]
         known = {group.id: group for group in groups}
-        answer = _called(name, f"{len(buffer)} groups", function, args, step, buffer, n)
-        chosen = [known[samples[0].group_index] for samples in answer or []]
+        chosen = _called(name, f"{len(buffer)} groups", pick, step, buffer, n, known)
         if len(chosen) > n or len({group.id for group in chosen}) < len(chosen):
             raise RewardError(f"{name} chose {len(chosen)} groups, some twice or more than the {n} it was asked for")
         left = {samples[0].group_index for samples in buffer} - {group.id for group in chosen}
@@ -134,6 +140,8 @@ def _function(
 ) -> tuple[Callable[..., Any], SlimeArgs]:
     where = f"rollout.{field or what}"
     function: Any = resolve(plugin.use, builtins, what=what, where=f"{where}.use")
+    if inspect.iscoroutinefunction(function):
+        raise ConfigError(f"{where}.use is {plugin.use!r}, which is async; expected a plain function")
     own = options_of(function).model_fields
     options = validated_options(function, {k: v for k, v in plugin.options.items() if k in own}, where=where)
     args = SlimeArgs(run, {k: v for k, v in plugin.options.items() if k not in own})

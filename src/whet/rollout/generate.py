@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,10 +22,13 @@ from whet.rollout.protocols import EnvFactory
 from whet.rollout.seeds import derive_seed
 from whet.rollout.slime import SlimeArgs, SlimeSample
 from whet.rollout.slime_sample import Unusable, read_sample, sampling_from, sampling_params
+from whet.rollout.threads import heard
 from whet.types import Completion, Episode, Sampling
 
 OURS, SLIME = ("episode", "engine", "sampling"), ("args", "sample", "sampling_params")
 WHERE = "rollout.generate"
+ENDS = ("completed", "truncated", "aborted", "failed")
+"""How an episode can have ended."""
 
 
 class _Limits(BaseModel):
@@ -137,13 +141,14 @@ class GeneratedPlay:
         if generate.takes_tokenizer:
             given["tokenizer"] = self._tokenizer
         if not generate.slime:
-            return await generate.function(self.episode, sampler, sampling, **given)
+            return await heard(generate.function(self.episode, sampler, sampling, **given))
 
         async def complete(tokens: Sequence[int], params: Mapping[str, Any]) -> Completion:
             return await sampler.generate(tokens, sampling_from(params, sampling))
 
         args = SlimeArgs(generate.run, {**generate.extra, "generate": complete, "tokenizer": self._tokenizer})
-        return await generate.function(args, SlimeSample.of(self.episode), sampling_params(sampling), **given)
+        sample, params = SlimeSample.of(self.episode), sampling_params(sampling)
+        return await heard(generate.function(args, sample, params, **given))
 
     def _read(self, returned: Any, sampler: Sampler) -> list[Episode]:
         listed = returned if isinstance(returned, list) else [returned]
@@ -154,6 +159,8 @@ class GeneratedPlay:
     def _take(self, found: list[Episode], decode: Decode) -> None:
         if not found:
             raise Unusable("an empty list, expected at least one episode")
+        if len({id(one) for one in found}) < len(found):
+            raise Unusable("one episode twice in a list; each part of a rollout is an Episode of its own")
         if len(found) > 1 and any(one.status == "aborted" for one in found):
             found = [next(one for one in found if one.status == "aborted")]  # all of it begins anew
         for one in found:
@@ -211,6 +218,12 @@ def _checked(episode: Any) -> Episode:
         raise Unusable(f"an episode with {told}; there is one of each per token: use its inject and extend")
     if episode.status == "pending":
         raise Unusable("an episode that is pending; set its status, as in episode.status = 'completed'")
+    if episode.status not in ENDS:
+        raise Unusable(f"an episode with status {episode.status!r}, expected one of {', '.join(ENDS)}")
+    if episode.reward is not None and not hasattr(episode.reward, "__float__"):
+        raise Unusable(f"an episode with the reward {episode.reward!r:.80}, expected a number or None")
+    if not all(map(math.isfinite, episode.sampler_logprobs)):
+        raise Unusable("an episode with a logprob in sampler_logprobs that is not finite")
     return episode
 
 

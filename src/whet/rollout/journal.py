@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from whet.database import Database
+from whet.errors import CheckpointError
 from whet.rollout.group import BASELINE_INDEX, Group
 from whet.types import Episode, Prompt, VersionSpan
 
@@ -59,7 +60,7 @@ class RolloutJournal:
         with self._file.transaction() as do:
             rows = [(number_of(g), json.dumps(_prompt_to(g.prompt), default=str), g.step, "open") for g in groups]
             do.executemany("INSERT INTO groups (number, prompt, begun, state) VALUES (?, ?, ?, ?)", rows)
-            do.execute("INSERT INTO fetches VALUES (?, ?)", (rows[-1][0], json.dumps(source)))
+            do.execute("INSERT INTO fetches VALUES (?, ?)", (rows[-1][0], _position_to(source)))
 
     def note(self, episode: Episode) -> None:
         """An episode as it is now."""
@@ -217,6 +218,13 @@ def number_of(group: Group) -> int:
 def _prompt_to(prompt: Prompt) -> dict[str, Any]:
     told = {f.name: getattr(prompt, f.name) for f in dataclasses.fields(prompt)}
     return {**told, "tokens": list(map(int, prompt.tokens)), "metadata": dict(prompt.metadata)}
+
+
+def _position_to(source: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(source)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"state_dict() of the source of prompts cannot be kept as JSON: {error}") from error
 
 
 def _plain(value: Any) -> Any:

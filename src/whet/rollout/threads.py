@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -31,6 +31,27 @@ class Threads:
             return await asyncio.wrap_future(in_thread(function, *arguments))
 
 
+async def heard(awaitable: Awaitable[Any]) -> Any:
+    """What a user's coroutine gives. Raises what it raises; where that would end its caller, as an exception."""
+    try:
+        return await awaitable
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # it is the caller that is cancelled
+            raise
+        raise told(error) from error
+    except SystemExit as error:
+        raise told(error) from error
+
+
+def told(error: BaseException) -> Exception:
+    """The exception itself, or one that tells of it: no future holds a StopIteration, and what is no Exception would
+    end who waits for it."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    return RuntimeError(f"{type(error).__name__} {error}".rstrip())
+
+
 def in_thread(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
     """Run a function in a thread that neither the program's end nor another call ever waits for."""
     future: Future[Any] = Future()
@@ -39,7 +60,7 @@ def in_thread(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         try:
             result = function(*arguments)
         except BaseException as error:  # whatever it is belongs to the caller
-            future.set_exception(error)
+            future.set_exception(told(error))
         else:
             future.set_result(result)
 

@@ -7,10 +7,11 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping
+from operator import index
 from typing import Any
 
-from whet.rollout.protocols import Env
-from whet.rollout.threads import Threads
+from whet.rollout.protocols import Env, Observation, Turn
+from whet.rollout.threads import Threads, heard
 from whet.types import Completion
 
 logger = logging.getLogger(__name__)
@@ -26,16 +27,27 @@ class EnvFailure(Exception):
 
 
 async def ask(env: Env, method: str, timeout_s: float, *arguments: Completion) -> Any:
-    """What `env.method(*arguments)` answers. Raises EnvFailure."""
+    """What `env.method(*arguments)` answers, the one that this method should. Raises EnvFailure."""
     name = f"{type(env).__name__}.{method}"
     limit = asyncio.timeout(timeout_s)
     try:
         async with limit:
-            return await _call(getattr(env, method), *arguments)
+            answer = await _call(getattr(env, method), *arguments)
     except Exception as error:  # an environment is the user's code: any failure of it costs one episode, not the run
         if limit.expired():
             raise EnvFailure(f"environment {name} did not answer within {timeout_s:g} s") from error
         raise EnvFailure(f"environment {name} raised {type(error).__name__}: {error}") from error
+    expected = Turn if method == "step" else Observation
+    if not isinstance(answer, expected):
+        raise EnvFailure(f"environment {name} returned {answer!r:.80}, expected {expected.__name__}")
+    tokens = (answer.observation if isinstance(answer, Turn) else answer).tokens
+    try:
+        fit = all(index(token) >= 0 for token in tokens)
+    except TypeError:
+        fit = False
+    if not fit:
+        raise EnvFailure(f"environment {name} observed {tokens!r:.80}, expected token ids: integers from 0 on")
+    return answer
 
 
 def info_of(env: Env) -> dict[str, float]:
@@ -66,6 +78,6 @@ async def close(env: Env) -> None:
 async def _call(method: Callable[..., Any], *arguments: Completion) -> Any:
     """What a method returns: a coroutine is awaited, a plain one runs in a thread, as it may block."""
     if inspect.iscoroutinefunction(method):
-        return await method(*arguments)
+        return await heard(method(*arguments))
     answer = await threads.run(method, *arguments)
-    return await answer if inspect.isawaitable(answer) else answer
+    return await heard(answer) if inspect.isawaitable(answer) else answer
