@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator
+from typing import Any
 
 import openai
 import pytest
@@ -239,6 +242,18 @@ async def test_greedy_and_bounds_of_the_model(client, engine):
         ({"messages": []}, openai.BadRequestError, "messages", "at least 1 item"),
         ({"messages": [{"content": "x"}]}, openai.BadRequestError, "messages", "messages[0] has no role"),
         (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+            openai.BadRequestError,
+            "messages",
+            "only parts of type text",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": 5}]},
+            openai.BadRequestError,
+            "messages",
+            "messages[0] has tool_calls 5, expected a list",
+        ),
+        (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             openai.BadRequestError,
             "messages",
@@ -306,6 +321,34 @@ async def test_a_failure_while_sampling_is_told(client, engine):
             pass
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+async def test_half_of_a_surrogate_pair_is_refused(path, server):
+    text = {"prompt": "\ud800"} if path == "completions" else {"messages": [{"role": "user", "content": "\ud800"}]}
+    status, answer = await asyncio.to_thread(posted, f"{server.url}/{path}", json.dumps(text).encode())
+    assert status == 400 and "surrogates not allowed" in answer["error"]["message"]
+
+
+async def test_a_body_that_is_too_large_is_refused_before_it_is_read(server, monkeypatch):
+    monkeypatch.setattr("whet.serve.app.MAX_BODY", 1000)
+    for length, expected in ((1100, 413), (800, 200)):
+        body = json.dumps({"prompt": "a" * length, "max_tokens": 1}).encode()
+        status, answer = await asyncio.to_thread(posted, f"{server.url}/completions", body)
+        assert status == expected
+    body = json.dumps({"prompt": "a" * 1100}).encode()
+    _, answer = await asyncio.to_thread(posted, f"{server.url}/completions", body)
+    assert "the body has more than 1000 bytes" in answer["error"]["message"]
+
+
+def posted(url: str, body: bytes) -> tuple[int, dict[str, Any]]:
+    """Status and answer to what no client of OpenAI's would send."""
+    request = urllib.request.Request(url, body, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
 async def test_a_full_server_refuses_at_once(engine, tokenizer):
     async with (
         Server(engine, tokenizer, name="tiny", port=0, max_requests=2) as server,
@@ -319,6 +362,8 @@ async def test_a_full_server_refuses_at_once(engine, tokenizer):
             await client.completions.create(model="tiny", prompt="a")
         await engine.resume()
         assert all(got.choices for got in await asyncio.gather(*tasks))
+        with pytest.raises(openai.BadRequestError, match="are 4 completions, but this server takes 2"):
+            await client.completions.create(model="tiny", prompt=["a", "b"], n=2)
 
 
 async def test_models_health_and_other_paths(client, engine):

@@ -13,15 +13,19 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 from whet.engines.local.engine import LocalEngine
 from whet.errors import EngineError
 from whet.serve.answering import Answering
-from whet.serve.conversation import Conversations
+from whet.serve.conversation import Conversations, encoded
 from whet.serve.refusal import Refusal
 from whet.serve.replies import Reply
 from whet.serve.requests import ChatRequest, CompletionRequest
+
+MAX_BODY = 8 * 2**20
+"""Most bytes of a request: several times the text that the longest contexts hold."""
 
 
 class Service:
@@ -47,7 +51,7 @@ class Service:
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         self._check(body)
-        prompts = [list(self.tokenizer(p)["input_ids"]) if isinstance(p, str) else p for p in body.prompts()]
+        prompts = [encoded(self.tokenizer, p, "prompt") if isinstance(p, str) else p for p in body.prompts()]
         return await self._answer(body, prompts, request, is_chat=False, with_tools=False)
 
     def _check(self, body: ChatRequest | CompletionRequest) -> None:
@@ -55,10 +59,17 @@ class Service:
             text = f"model is {body.model!r}, but this server has {self.name!r}"
             raise Refusal(404, text, param="model", code="model_not_found")
         body.refuse_unknown()
-        health = self.engine.health()
-        if health["status"] == "closed":
+        if self.engine.health()["status"] == "closed":
             raise Refusal(503, "the engine is closed")
-        if health["active"] + health["waiting"] >= self.max_requests:
+        self._make_room(1)
+
+    def _make_room(self, asked: int) -> None:
+        """Raise Refusal where so many completions more would be too many."""
+        if asked > self.max_requests:
+            text = f"prompts times n are {asked} completions, but this server takes {self.max_requests} at a time"
+            raise Refusal(400, text)
+        health = self.engine.health()
+        if health["active"] + health["waiting"] + asked > self.max_requests:
             text = f"{self.max_requests} requests are in flight, as many as this server takes; try again later"
             raise Refusal(429, text, code="rate_limit_exceeded")
 
@@ -71,6 +82,7 @@ class Service:
         is_chat: bool,
         with_tools: bool,
     ) -> Response:
+        self._make_room(len(prompts) * body.n)
         reply = Reply(self.name, self.tokenizer, is_chat, body.wants_logprobs(), body.return_token_ids, prompts)
         room = max(1, (self.engine.max_length or 2**20) - max(map(len, prompts)))
         answering = Answering(self.engine, self.conversations, reply, body.samplings(room), with_tools)
@@ -86,6 +98,27 @@ class Service:
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
+class Bounded:
+    """Refuses bodies that are too large before they are held, read as JSON, and tokenised in the engine's loop."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        length = 0
+
+        async def counted() -> Message:
+            nonlocal length
+            message = await receive()
+            length += len(message.get("body", b""))
+            if length > MAX_BODY:
+                # FastAPI makes a 400 of any other exception while it reads.
+                raise HTTPException(413, f"the body has more than {MAX_BODY} bytes; ask for less at a time")
+            return message
+
+        await self.app(scope, counted, send)
+
+
 def make_app(service: Service, *, api_key: str | None, hosts: list[str]) -> FastAPI:
     """The application: its routes, who may call it, and its errors in OpenAI's form."""
     app = FastAPI(title="whet", docs_url=None, redoc_url=None, openapi_url=None)
@@ -95,6 +128,7 @@ def make_app(service: Service, *, api_key: str | None, hosts: list[str]) -> Fast
     app.add_api_route("/v1/completions", service.complete, methods=["POST"])
     # A web page that a browser shows could otherwise reach a server on loopback under a name of its own.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    app.add_middleware(Bounded)
     if api_key is not None:
         app.middleware("http")(_only_with(api_key))
 
@@ -111,7 +145,9 @@ def make_app(service: Service, *, api_key: str | None, hosts: list[str]) -> Fast
 
     async def not_here(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        text = f"{_.method} {_.url.path}: {error.detail}; there are /v1/chat/completions, /v1/completions, /v1/models"
+        text = f"{_.method} {_.url.path}: {error.detail}"
+        if error.status_code in (404, 405):
+            text += "; there are /v1/chat/completions, /v1/completions, /v1/models"
         return await refused(_, Refusal(error.status_code, text))
 
     app.add_exception_handler(Refusal, refused)

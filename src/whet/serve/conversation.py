@@ -45,7 +45,7 @@ class Conversations:
             text = ChatTemplate(self.tokenizer, variables).render(plain, tools, generation=True)
         except (ModelError, Malformed) as error:
             raise Refusal(400, str(error), param="messages") from error
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return encoded(self.tokenizer, text, "messages", add_special_tokens=False)
 
     def message(self, text: str, *, with_tools: bool) -> dict[str, Any]:
         """The assistant's message: its content, and the calls that it makes. What cannot be read stays content."""
@@ -68,6 +68,15 @@ class Conversations:
         return message
 
 
+def encoded(tokenizer: PreTrainedTokenizerBase, text: str, param: str, **options: bool) -> list[int]:
+    """The tokens of a text. Raises Refusal for half of a surrogate pair, which JSON can spell."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refusal(400, f"{param} cannot be encoded: {error.reason}", param=param) from error
+    return list(tokenizer(text, **options)["input_ids"])
+
+
 def _plain(message: dict[str, Any], index: int) -> dict[str, Any]:
     """A message as chat templates take it: content as one text, arguments of calls as objects."""
     where = f"messages[{index}]"
@@ -76,16 +85,24 @@ def _plain(message: dict[str, Any], index: int) -> dict[str, Any]:
     plain = {name: value for name, value in message.items() if value is not None}
     content = message.get("content")
     if isinstance(content, list):
-        others = [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]
+        others = [part for part in content if not _is_text(part)]
         if others:
-            text = f"{where} has a content part {str(others[0])[:80]}, but only parts of type text are taken"
+            text = (
+                f"{where} has a content part {str(others[0])[:80]}, but only parts of type text that hold it are taken"
+            )
             raise Refusal(400, text, param="messages")
         plain["content"] = "".join(part["text"] for part in content)
     elif content is None:
         plain["content"] = ""
     if calls := message.get("tool_calls"):
+        if not isinstance(calls, list):
+            raise Refusal(400, f"{where} has tool_calls {calls!r:.80}, expected a list", param="messages")
         plain["tool_calls"] = [_call(call, where) for call in calls]
     return plain
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
