@@ -184,6 +184,8 @@ def test_what_cannot_be_replayed_is_refused_before_a_model_is_loaded(config, tmp
     with pytest.raises(DataError, match=r"where no run has left rollouts"):
         compose(config("again", debug__train_only=str(tmp_path)))
     train(config(log__rollouts=True, train__steps=1))
+    with pytest.raises(DataError, match=r"did not sample the baseline_rewards that credit 'remax' reads"):
+        compose(config("again", method="remax", debug__train_only=str(tmp_path / "out")))
     first = tmp_path / "out" / "rollouts" / "step-1.jsonl"
     lines = first.read_text().splitlines()
     first.write_text("\n".join([lines[0], lines[1][:50]]))

@@ -53,7 +53,8 @@ class Database:
             try:
                 yield cursor
             except BaseException:
-                cursor.execute("ROLLBACK")
+                if self._file.in_transaction:  # a full disk has rolled back already
+                    cursor.execute("ROLLBACK")
                 raise
             cursor.execute("COMMIT")
 
@@ -68,4 +69,6 @@ class Database:
             yield
         except sqlite3.Error as error:
             where = self.path or "a journal in memory"
-            raise CheckpointError(f"{where} cannot be read or written: {error}; {self._remedy}") from error
+            locked = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
+            remedy = "another process holds it: end that one, or wait for it" if locked else self._remedy
+            raise CheckpointError(f"{where} cannot be read or written: {error}; {remedy}") from error

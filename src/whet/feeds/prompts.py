@@ -59,6 +59,8 @@ class PromptFeed:
             if config.debug.train_only is not None:
                 with errors.going_on():
                     self.replay = Replay(Path(config.debug.train_only).expanduser())
+                    if "remax" in credits_of(config):
+                        self.replay.require("baseline_rewards", "credit 'remax'")
                 config = self.config = without_training_data(config)
             self.train, self.eval = read_parts(config, tokenizer, partial(prepare_prompts, tools=tools), errors)
             self.mixed = _read_mix(config, tokenizer, errors)

@@ -50,6 +50,14 @@ class Replay:
         """Tokens of the longest sequence of the first step."""
         return max(len(sample.tokens) for unit in self._units(1)[0] for sample in unit.samples)
 
+    def require(self, column: str, who: str) -> None:
+        """Raise DataError where the first step was dumped without a column that `who` reads."""
+        if any(column not in unit.columns for unit in self._units(1)[0]):
+            raise DataError(
+                f"debug.train_only is {str(self.folder)!r}, whose run did not sample the {column} that {who} reads; "
+                "replay a run of the same method"
+            )
+
     async def take(self, n: int) -> list[Unit]:
         """The units of the next step, however many it had. Raises DataError after the last step."""
         if self._step >= len(self):

@@ -87,9 +87,7 @@ def _plain(message: dict[str, Any], index: int) -> dict[str, Any]:
     if isinstance(content, list):
         others = [part for part in content if not _is_text(part)]
         if others:
-            text = (
-                f"{where} has a content part {str(others[0])[:80]}, but only parts of type text that hold it are taken"
-            )
+            text = f"{where} has a content part {str(others[0])[:80]}, but only parts of type text with text are taken"
             raise Refusal(400, text, param="messages")
         plain["content"] = "".join(part["text"] for part in content)
     elif content is None:
