@@ -152,6 +152,13 @@ async def test_an_environment_that_answers_what_is_none_fails_its_episode(
     assert episode.status == "failed" and told in (episode.error or "")
 
 
+async def test_an_observation_beyond_the_positions_of_the_model_is_not_kept(scripted, make_prompt, tokenizer):
+    engine = scripted(lambda *_: "x")
+    engine.max_length = 20
+    episode = await play(engine, Dialogue(tokenizer, "a" * 100), make_prompt("Q:"), tokenizer, max_tokens=9)
+    assert episode.status == "truncated" and episode.tokens == [*b"Q:", *b"x", tokenizer.eos_token_id]
+
+
 async def test_one_stop_text_of_an_environment_is_not_taken_letter_by_letter(scripted, make_prompt, tokenizer):
     class Stopping(SingleTurn):
         stop = "</search>"

@@ -98,6 +98,9 @@ class Play:
             if answer.done:
                 episode.status = "completed"
                 return
+            longest = getattr(engine, "max_length", None)
+            if longest is not None and len(episode.tokens) + len(answer.observation.tokens) > longest:
+                break  # what the model has no positions for is not kept: the trainer would have to read it
             episode.inject(answer.observation.tokens)
             self._turn, self._begin = self._turn + 1, len(episode.tokens)
         episode.status = "truncated"
