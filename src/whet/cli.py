@@ -253,7 +253,9 @@ def _serve(arguments: list[str]) -> int:
             "--max-concurrent and --max-requests must be at least 1, --timeout-s and --prefix-cache-mb positive"
         )
     if any(importlib.util.find_spec(needed) is None for needed in ("fastapi", "uvicorn")):
-        raise ConfigError("whet serve needs FastAPI and uvicorn; install them with: pip install 'whet[serve]'")
+        raise ConfigError(
+            "whet serve needs FastAPI and uvicorn; install them with pip install -e '.[serve]' in the checkout of whet"
+        )
     from whet.serve.command import serve
 
     serve(options)

@@ -194,6 +194,16 @@ def test_warnings_alone_do_not_keep_a_run_from_beginning(desk: Desk, capsys):
     assert "1 warning" in capsys.readouterr().out
 
 
+def test_what_is_wrong_stands_at_the_end(desk: Desk, capsys):
+    rows = [{"prompt": "1+1", "response": "2"}] * 4
+    broken = {"method": "sft", "model": {"path": str(desk.model)}, "output_dir": str(desk.folder / "run")}
+    wrong = {"loss": {"use": "sftt"}, "backend": {"memory_gb": 0.01}}
+    assert cli.main(desk.config(**broken, **wrong, data={"train": desk.rows("rows.jsonl", rows)})) == 2
+    said = capsys.readouterr().out
+    data, error = said.index("rows as the model sees them"), said.index("1 error")
+    assert data < error < said.index("sftt") < said.index("not ready to train")
+
+
 def test_training_begins_with_the_same_examination(desk: Desk, capsys):
     path = preferences(desk)[1]
     config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

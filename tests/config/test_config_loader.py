@@ -295,7 +295,13 @@ def test_a_missing_or_binary_file_is_refused():
 def test_the_method_of_the_file_must_be_the_command():
     text = "method: grpo\nmodel: tiny\ndata: {train: a}\nreward: math\n"
     assert load(None, run_yaml(text), []).config.method == "grpo"
-    assert "method is 'grpo' (from run.yaml, line 1), but the command is sft" in error_of("sft", text)
+    told = (
+        "method is 'grpo' (from run.yaml, line 1), but the command is ppo; run `whet grpo`, remove it, or add --method"
+    )
+    assert f"{told} ppo" in error_of("ppo", text)
+    assert load("ppo", run_yaml(text), ["--method", "ppo"]).config.method == "ppo"
+    with pytest.raises(ConfigError, match=r"\(from --method\), but the command is ppo; run `whet dapo`, or remove it"):
+        load("ppo", run_yaml(text), ["--method", "dapo"])
 
 
 def test_a_dumped_configuration_loads_to_an_equal_one():

@@ -1,4 +1,4 @@
-"""What `whet check` prints: errors and warnings, the data in numbers, rows with their loss, and memory."""
+"""What `whet check` prints: the data in numbers, rows with their loss, memory, then warnings and errors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,7 @@ from whet.data.prepared import Prepared
 
 
 def show(found: Examined, errors: Sequence[str], warnings: Sequence[str], console: Console, *, rows: int) -> None:
-    """Print everything. `errors` and `warnings` are whole sentences."""
-    for title, texts, style in (("error", errors, "bold red"), ("warning", warnings, "bold yellow")):
-        if texts:
-            console.print(Text(f"{len(texts)} {title}{'s' * (len(texts) > 1)}", style=style))
-            for text in texts:
-                console.print(Text(f"  - {text}"), soft_wrap=True)
+    """Print everything, what is wrong at the end, where a terminal stops. `errors` and `warnings` are sentences."""
     if facts := list(_facts(found)):
         console.print(Text("data", style="bold"))
         for name, text in facts:
@@ -28,6 +23,11 @@ def show(found: Examined, errors: Sequence[str], warnings: Sequence[str], consol
     _rows(found, console, rows)
     if found.memory is not None:
         _memory(found.memory, console)
+    for title, texts, style in (("warning", warnings, "bold yellow"), ("error", errors, "bold red")):
+        if texts:
+            console.print(Text(f"{len(texts)} {title}{'s' * (len(texts) > 1)}", style=style))
+            for text in texts:
+                console.print(Text(f"  - {text}"), soft_wrap=True)
     verdict = "nothing stands in the way" if not errors else "not ready to train"
     console.print(Text(verdict, style="bold green" if not errors else "bold red"))
 

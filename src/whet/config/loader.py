@@ -175,9 +175,11 @@ def method_in(layers: Sequence[Sequence[Written]]) -> str:
 def _set_method(method: str, combined: Combined) -> None:
     given = combined.values.get("method", method)
     if given != method:
+        source = combined.source(("method",))
+        # A flag wins over a file, so the same file serves several methods.
+        remedies = "or remove it" if str(source).startswith("--") else f"remove it, or add --method {method}"
         combined.problems.append(
-            f"method is {show(given)} (from {combined.source(('method',))}), but the command is {method}; "
-            f"run that method, or remove it"
+            f"method is {show(given)} (from {source}), but the command is {method}; run `whet {given}`, {remedies}"
         )
     combined.values["method"] = method
     combined.sources.setdefault(("method",), "the command")

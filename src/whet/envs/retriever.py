@@ -1,6 +1,6 @@
 """A search server for one machine: BM25 over a file of documents, asked over HTTP.
 
-    python -m whet.envs.retriever corpus.jsonl --port 8000
+    python -m whet.envs.retriever corpus.jsonl --port 8001
 
 Each line of the file is `{"title": ..., "text": ...}`, or `{"contents": ...}`; an `id` is optional. Asked by
 `POST /retrieve {"queries": [...], "topk": 3}`; `GET /health` tells how many documents there are.
@@ -48,7 +48,9 @@ class Index:
         try:
             import bm25s
         except ImportError as error:
-            raise ConfigError("the search server needs bm25s; install it with pip install 'whet[search]'") from error
+            raise ConfigError(
+                "the search server needs bm25s; install it with pip install -e '.[search]' in the checkout of whet"
+            ) from error
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG when it is imported
         if not documents:
             raise DataError("there are no documents to search")
@@ -98,7 +100,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, index: Index, host: str = "127.0.0.1", port: int = 8000) -> None:
+    def __init__(self, index: Index, host: str = "127.0.0.1", port: int = 8001) -> None:
         self.index = index
         try:
             super().__init__((host, port), Handler)
@@ -179,7 +181,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=8001, help="0 takes a free one (default 8001)")
     options = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

@@ -207,7 +207,7 @@ def draw(tally: Tally, path: Path) -> None:
     if not tally.scores:
         return
     if find_spec("matplotlib") is None:
-        logger.info("%s is not drawn, as matplotlib is not installed: pip install 'whet[demo]'", path)
+        logger.info("%s is not drawn, as matplotlib is not installed: pip install matplotlib", path)
         return
     from whet.view.histogram import draw_scores
 
