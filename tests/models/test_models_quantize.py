@@ -181,5 +181,5 @@ def test_a_missing_package_is_told_before_weights_are_read(tiny_qwen, monkeypatc
     monkeypatch.setattr("whet.models.quantize.find_spec", lambda name: None)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
     assert util.find_spec("bitsandbytes")
-    with pytest.raises(ModelError, match=r"4 bits, but the package bitsandbytes is not installed; .*whet\[qlora\]"):
+    with pytest.raises(ModelError, match=r"4 bits, but the package bitsandbytes is not installed; .*'\.\[qlora\]'"):
         call(ModelConfig(path=str(tiny_qwen), quantization=QuantizationConfig()))

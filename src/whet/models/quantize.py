@@ -22,7 +22,7 @@ def check_installed(cfg: ModelConfig) -> None:
     if cfg.quantization is not None and find_spec("bitsandbytes") is None:
         raise ModelError(
             f"model.quantization asks for {cfg.quantization.bits} bits, but the package bitsandbytes is not installed; "
-            "install it (pip install bitsandbytes), or remove model.quantization"
+            "install it (pip install -e '.[qlora]' in the checkout of whet), or remove model.quantization"
         )
 
 

@@ -207,7 +207,9 @@ def draw(tally: Tally, path: Path) -> None:
     if not tally.scores:
         return
     if find_spec("matplotlib") is None:
-        logger.info("%s is not drawn, as matplotlib is not installed: pip install matplotlib", path)
+        logger.info(
+            "%s is not drawn, as matplotlib is not installed (pip install -e '.[demo]' in the checkout of whet)", path
+        )
         return
     from whet.view.histogram import draw_scores
 
