@@ -91,6 +91,7 @@ class Policy:
         special: dict[str, Any] = {}
         if config.use in ENGINES:  # a user's engine need not know of these
             special["packed_weights"] = config.packed_weights
+            special["cache"] = config.cache
             special["prefix_cache_mb"] = config.kept_mb(has_env=self.config.env is not None)
         if own_weights:
             special["weights_from"] = model

@@ -173,6 +173,15 @@ def test_sampling_holds_keys_and_values_of_all_it_decodes(tmp_path: Path, tiny_q
     assert sampling.parts["logits"] == 2 * 32 * 260 * 4
 
 
+def test_sampling_in_pages_holds_whole_pages_of_what_it_decodes(tmp_path: Path, tiny_qwen: Path):
+    settings = {"reward__use": "exact", "rollout__prompts_per_step": 3, "rollout__group_size": 3}
+    memory = found("grpo", tmp_path, tiny_qwen, **settings, rollout__max_tokens=300, engine__cache="paged").memory
+    assert memory is not None
+    sampling = next(moment for moment in memory.moments if moment.name == "sampling")
+    # 9 rows of two pages of 256 positions, not 16 rows, and one page that belongs to nobody.
+    assert sampling.parts["cache"] == 3 * (9 * 2 + 1) * 256 * 2 * 2 * 16 * 4
+
+
 def test_sampling_ahead_takes_the_weights_again_and_stays_while_a_step_trains(tmp_path: Path, tiny_qwen: Path):
     plain = found("grpo", tmp_path, tiny_qwen, reward__use="exact").memory
     ahead = found("grpo", tmp_path, tiny_qwen, reward__use="exact", rollout__mode="async").memory

@@ -265,6 +265,12 @@ BROKEN = {
         "engine.packed_weights is false, but only the embedded engine has it",
         "remove it",
     ),
+    "where another engine is to put its keys": (
+        GRPO,
+        {"engine.use": "mine:Engine", "engine.cache": "paged"},
+        "engine.cache is 'paged', but only the embedded engine has it",
+        "remove it",
+    ),
 }
 
 

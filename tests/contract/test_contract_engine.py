@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from whet.engines.local.engine import LocalEngine
+from whet.engines.local.pages import Paging
 from whet.engines.protocol import Engine
 from whet.errors import EngineError
 from whet.types import Completion, Sampling
@@ -20,12 +22,15 @@ END = 257
 """The token that the engines under test take for the end of a sequence."""
 
 
-def local(folder: Path) -> Engine:
+def local(folder: Path, cache: str | Paging = "auto") -> Engine:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    return LocalEngine(model, tokenizer, stop_token_ids=[END], max_concurrent=4, timeout_s=60)
+    return LocalEngine(model, tokenizer, stop_token_ids=[END], max_concurrent=4, timeout_s=60, cache=cache)
 
 
-ENGINES: dict[str, Callable[[Path], Engine]] = {"local": local}
+ENGINES: dict[str, Callable[[Path], Engine]] = {
+    "local": local,
+    "local in pages": partial(local, cache=Paging(page=8)),
+}
 """Each makes an engine that serves the model in a folder, stops at END, and takes a version to publish."""
 
 

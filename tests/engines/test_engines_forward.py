@@ -24,6 +24,7 @@ from transformers import (
 
 from whet.engines.local.check import check
 from whet.engines.local.forward import Forward
+from whet.engines.local.pages import Paging
 from whet.errors import EngineError
 
 SHAPE = {
@@ -99,12 +100,12 @@ def teacher_forced(forward: Forward, rows: list[np.ndarray], prompts: list[int])
             step += 1
 
 
-def worst_difference(model: nn.Module, lengths: list[tuple[int, int]]) -> float:
+def worst_difference(model: nn.Module, lengths: list[tuple[int, int]], paging: Paging | None = None) -> float:
     """Largest difference of logprobs to the model's own forward; lengths are (prompt, decoded) by row."""
     model.eval()
     rng = np.random.default_rng(0)
     rows = [rng.integers(2, 256, size=a + b) for a, b in lengths]
-    ours = teacher_forced(Forward(model, max_rows=len(rows)), rows, [a for a, _ in lengths])
+    ours = teacher_forced(Forward(model, max_rows=len(rows), paging=paging), rows, [a for a, _ in lengths])
     worst = 0.0
     for row, (prompt, _), logprobs in zip(rows, lengths, ours, strict=True):
         with torch.inference_mode():
@@ -113,23 +114,27 @@ def worst_difference(model: nn.Module, lengths: list[tuple[int, int]]) -> float:
     return worst
 
 
+CACHES = pytest.mark.parametrize("paging", [None, Paging(page=4)], ids=["slots", "pages"])
 RAGGED = [(3, 20), (17, 12), (1, 9), (9, 9), (30, 1), (2, 0)]
 
 
+@CACHES
 @pytest.mark.parametrize("family", ["tiny_qwen", "tiny_llama"])
-def test_logprobs_are_those_of_the_models_own_forward(family, request):
+def test_logprobs_are_those_of_the_models_own_forward(family, paging, request):
     model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(family))
-    assert worst_difference(model, RAGGED) < 1e-5
+    assert worst_difference(model, RAGGED, paging) < 1e-5
 
 
+@CACHES
 @pytest.mark.parametrize("make", [gemma2, mistral, cohere, granite, gpt_oss])
-def test_windows_soft_caps_sinks_and_scales_are_the_models_own(make):
-    assert worst_difference(make(), RAGGED) < 1e-4
+def test_windows_soft_caps_sinks_and_scales_are_the_models_own(make, paging):
+    assert worst_difference(make(), RAGGED, paging) < 1e-4
 
 
+@CACHES
 @pytest.mark.parametrize("make", [gemma2, mistral, cohere, granite, gpt_oss])
-def test_the_check_accepts_what_agrees(make):
-    check(make(), 300)
+def test_the_check_accepts_what_agrees(make, paging):
+    check(make(), 300, paging=paging)
 
 
 def test_logprobs_agree_when_a_step_attends_in_several_calls(tiny_qwen, monkeypatch):

@@ -15,11 +15,15 @@ from whet.engines.local.cache import SlotCache
 from whet.engines.local.engine import LocalEngine
 from whet.engines.local.forward import Forward
 from whet.engines.local.kept import MIN_REUSED, KeptPrefixes
+from whet.engines.local.pages import Paging
 from whet.types import Completion, Sampling
 
 PROMPT = list(b"What is two and two? Think, then say it.")
 TOOL = list(b" <result> 4 </result> ")
 LIKE = torch.zeros(1, 2, 1, 4)
+
+
+CACHES = pytest.mark.parametrize("cache", ["slots", Paging(page=8)], ids=["slots", "pages"])
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +50,9 @@ async def turns(engine: LocalEngine, model, count: int, seed: int = 0) -> list[t
     return played
 
 
-async def test_a_turn_computes_only_what_is_new(model):
-    engine = LocalEngine(model)
+@CACHES
+async def test_a_turn_computes_only_what_is_new(model, cache):
+    engine = LocalEngine(model, cache=cache)
     played = await turns(engine, model, 4)
     # The last token of a completion is sampled but not computed; the turn after it does that.
     assert engine.stats()["prefill_tokens"] == len(PROMPT) + 3 * (len(TOOL) + 1)
@@ -57,10 +62,11 @@ async def test_a_turn_computes_only_what_is_new(model):
     assert all(exact(model, *turn) for turn in played)
 
 
+@CACHES
 @pytest.mark.parametrize("make", [gemma2, mistral, cohere, granite, gpt_oss])
-async def test_windows_soft_caps_and_sinks_hold_across_turns(make):
+async def test_windows_soft_caps_and_sinks_hold_across_turns(make, cache):
     model = make()
-    engine = LocalEngine(model)
+    engine = LocalEngine(model, cache=cache)
     played = await turns(engine, model, 3)
     assert engine.stats()["prefill_tokens_saved"] > 0
     for tokens, completion in played:
@@ -68,8 +74,9 @@ async def test_windows_soft_caps_and_sinks_hold_across_turns(make):
         assert (torch.tensor(completion.logprobs) - expected).abs().max() < 1e-4
 
 
-async def test_members_of_a_group_branch_and_each_goes_on_from_its_own(model):
-    engine = LocalEngine(model, max_concurrent=3)
+@CACHES
+async def test_members_of_a_group_branch_and_each_goes_on_from_its_own(model, cache):
+    engine = LocalEngine(model, cache=cache, max_concurrent=3)
     together = await asyncio.gather(*(turns(engine, model, 3, seed=10 * i) for i in range(5)))
     alone = [await turns(LocalEngine(model, prefix_cache_mb=0), model, 3, seed=10 * i) for i in range(5)]
     for played, expected in zip(together, alone, strict=True):
@@ -79,8 +86,9 @@ async def test_members_of_a_group_branch_and_each_goes_on_from_its_own(model):
     assert engine.stats()["prefill_tokens"] == computed
 
 
-async def test_a_request_that_branches_off_in_the_middle_takes_what_it_shares(model):
-    engine = LocalEngine(model)
+@CACHES
+async def test_a_request_that_branches_off_in_the_middle_takes_what_it_shares(model, cache):
+    engine = LocalEngine(model, cache=cache)
     first = await engine.generate(PROMPT, sampling(20))
     other = [*PROMPT, *first.tokens[:7], *b"but"]
     asked = [(other, sampling(5)), ([*PROMPT, *b"??"], sampling(5)), (PROMPT[:-3], sampling(4)), (PROMPT, sampling(30))]
@@ -92,8 +100,9 @@ async def test_a_request_that_branches_off_in_the_middle_takes_what_it_shares(mo
         assert exact(model, tokens, completion)
 
 
-async def test_several_requests_with_the_same_longer_prompt_compute_its_rest_once(model):
-    engine = LocalEngine(model)
+@CACHES
+async def test_several_requests_with_the_same_longer_prompt_compute_its_rest_once(model, cache):
+    engine = LocalEngine(model, cache=cache)
     first = await engine.generate(PROMPT, sampling())
     longer = [*PROMPT, *first.tokens, *TOOL]
     group = await asyncio.gather(*(engine.generate(longer, sampling(6, seed=i)) for i in range(4)))
@@ -101,8 +110,9 @@ async def test_several_requests_with_the_same_longer_prompt_compute_its_rest_onc
     assert all(exact(model, longer, completion) for completion in group)
 
 
-async def test_the_beginning_of_a_prompt_in_flight_is_shared(model):
-    engine = LocalEngine(model, prefix_cache_mb=0)
+@CACHES
+async def test_the_beginning_of_a_prompt_in_flight_is_shared(model, cache):
+    engine = LocalEngine(model, prefix_cache_mb=0, cache=cache)
     first = asyncio.create_task(engine.generate(PROMPT, sampling(30)))
     while engine.stats()["generated_tokens"] < 4:
         await asyncio.sleep(0)
@@ -163,8 +173,9 @@ async def test_autocast_keeps_in_its_own_type(model):
     assert (torch.tensor(completion.logprobs) - expected).abs().max() < 0.1
 
 
-def test_extending_equals_the_models_own_forward_for_ragged_rests(model):
-    forward = Forward(model.eval(), max_rows=4)
+@pytest.mark.parametrize("paging", [None, Paging(page=8)], ids=["slots", "pages"])
+def test_extending_equals_the_models_own_forward_for_ragged_rests(model, paging):
+    forward = Forward(model.eval(), max_rows=4, paging=paging)
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 256, size=n) for n in (30, 17, 9)]
     cuts = [29, 5, 1]

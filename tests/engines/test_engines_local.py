@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from whet.engines.local.engine import LocalEngine
+from whet.engines.local.pages import Paging
 from whet.errors import EngineError
 from whet.types import Completion, Sampling, VersionSpan
 
@@ -27,8 +28,17 @@ def tokenizer(tiny_qwen):
     return AutoTokenizer.from_pretrained(tiny_qwen)
 
 
-def engine_for(model, tokenizer=None, **options) -> LocalEngine:
-    return LocalEngine(model, tokenizer, **options)
+CACHES = {"slots": "slots", "pages": Paging(page=4)}
+
+
+@pytest.fixture(params=CACHES)
+def engine_for(request):
+    """Makes an engine over either cache; with pages of four positions, so that every prompt takes several."""
+
+    def make(model, tokenizer=None, **options) -> LocalEngine:
+        return LocalEngine(model, tokenizer, cache=CACHES[request.param], **options)
+
+    return make
 
 
 def prompts(count: int, *, seed: int = 0, longest: int = 30) -> list[list[int]]:
@@ -65,7 +75,7 @@ class Gate:
 
 @pytest.mark.parametrize("family", ["tiny_qwen", "tiny_llama"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-async def test_logprobs_equal_the_models_own_forward(family, temperature, request):
+async def test_logprobs_equal_the_models_own_forward(family, temperature, request, engine_for):
     model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(family))
     engine = engine_for(model, max_concurrent=3)
     asked = [(p, Sampling(max_tokens=5 + i, temperature=temperature, seed=i)) for i, p in enumerate(prompts(6))]
@@ -74,7 +84,7 @@ async def test_logprobs_equal_the_models_own_forward(family, temperature, reques
         assert (torch.tensor(completion.logprobs) - expected).abs().max() < 1e-5
 
 
-async def test_greedy_equals_transformers_generate(model):
+async def test_greedy_equals_transformers_generate(model, engine_for):
     engine = engine_for(model)
     asked = [(p, Sampling(max_tokens=12, temperature=0, ignore_eos=True)) for p in prompts(5)]
     for (tokens, _), completion in zip(asked, await together(engine, asked), strict=True):
@@ -90,7 +100,7 @@ async def test_greedy_equals_transformers_generate(model):
         assert completion.finish_reason == "length"
 
 
-async def test_the_prompt_of_a_group_is_computed_once(model):
+async def test_the_prompt_of_a_group_is_computed_once(model, engine_for):
     engine = engine_for(model)
     seen: list[int] = []
     hook = model.model.register_forward_pre_hook(
@@ -111,7 +121,7 @@ async def test_the_prompt_of_a_group_is_computed_once(model):
 
 
 @pytest.mark.parametrize("max_concurrent", [1, 3])
-async def test_the_prompt_is_computed_once_even_if_the_group_does_not_fit(model, max_concurrent):
+async def test_the_prompt_is_computed_once_even_if_the_group_does_not_fit(model, max_concurrent, engine_for):
     engine = engine_for(model, max_concurrent=max_concurrent)
     asked = [(PROMPT, Sampling(max_tokens=1 + 2 * i, seed=i)) for i in range(7)]
     group = await together(engine, [*asked, (PROMPT[:5], Sampling(max_tokens=3))])
@@ -121,7 +131,7 @@ async def test_the_prompt_is_computed_once_even_if_the_group_does_not_fit(model,
         assert (torch.tensor(completion.logprobs) - expected).abs().max() < 1e-5
 
 
-async def test_a_row_that_is_handed_on_and_moved_in_one_step_keeps_its_whole_prompt(model):
+async def test_a_row_that_is_handed_on_and_moved_in_one_step_keeps_its_whole_prompt(model, engine_for):
     engine = engine_for(model, max_concurrent=2)
     # Both rows end together; the third request takes over the second row, which then moves to the first.
     asked = [(list(b"other"), Sampling(max_tokens=2)), *((PROMPT, Sampling(max_tokens=n, seed=n)) for n in (2, 6))]
@@ -130,7 +140,7 @@ async def test_a_row_that_is_handed_on_and_moved_in_one_step_keeps_its_whole_pro
     assert (torch.tensor(last.logprobs) - own_logprobs(model, PROMPT, last)).abs().max() < 1e-5
 
 
-async def test_a_request_that_comes_later_takes_the_prompt_from_a_row_that_holds_it(model):
+async def test_a_request_that_comes_later_takes_the_prompt_from_a_row_that_holds_it(model, engine_for):
     engine = engine_for(model)
     gate = Gate(engine, after=3)
     first = asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=9, seed=1)))
@@ -145,7 +155,7 @@ async def test_a_request_that_comes_later_takes_the_prompt_from_a_row_that_holds
 
 
 @pytest.mark.parametrize("max_concurrent", [1, 2, 5, 64])
-async def test_seeds_reproduce_whatever_else_is_in_flight(model, max_concurrent):
+async def test_seeds_reproduce_whatever_else_is_in_flight(model, max_concurrent, engine_for):
     sampling = [Sampling(max_tokens=10, seed=i, top_p=0.9 if i % 2 else 1.0, top_k=50 * (i % 3)) for i in range(6)]
     asked = list(zip(prompts(6), sampling, strict=True))
     alone = [await engine_for(model).generate(tokens, s) for tokens, s in asked]
@@ -154,12 +164,12 @@ async def test_seeds_reproduce_whatever_else_is_in_flight(model, max_concurrent)
     assert [c.tokens for c in reversed(mixed[len(others) :])] == [c.tokens for c in alone]
 
 
-async def test_different_seeds_differ_and_no_prompt_is_needed_to_tell_them_apart(model):
+async def test_different_seeds_differ_and_no_prompt_is_needed_to_tell_them_apart(model, engine_for):
     group = await together(engine_for(model), [([7], Sampling(max_tokens=6, seed=i)) for i in range(20)])
     assert len({tuple(completion.tokens) for completion in group}) == 20
 
 
-async def test_samples_follow_the_models_distribution(model):
+async def test_samples_follow_the_models_distribution(model, engine_for):
     engine = engine_for(model, max_concurrent=512)
     group = await together(engine, [(PROMPT, Sampling(max_tokens=1, seed=i, temperature=0.3)) for i in range(2000)])
     counts = torch.bincount(torch.tensor([c.tokens[0] for c in group]), minlength=260) / 2000
@@ -168,7 +178,7 @@ async def test_samples_follow_the_models_distribution(model):
     assert ((counts - expected).abs() <= 5 * (expected * (1 - expected) / 2000).sqrt() + 1e-3).all()
 
 
-async def test_a_stop_token_ends_a_completion_and_belongs_to_it(model):
+async def test_a_stop_token_ends_a_completion_and_belongs_to_it(model, engine_for):
     free = await engine_for(model).generate(PROMPT, Sampling(max_tokens=20, seed=3))
     stop = free.tokens[7]
     cut = free.tokens.index(stop) + 1
@@ -180,7 +190,7 @@ async def test_a_stop_token_ends_a_completion_and_belongs_to_it(model):
         assert completion.finish_reason == "stop"
 
 
-async def test_ignore_eos_passes_over_the_models_stop_tokens_but_not_over_the_requests_own(model):
+async def test_ignore_eos_passes_over_the_models_stop_tokens_but_not_over_the_requests_own(model, engine_for):
     free = await engine_for(model).generate(PROMPT, Sampling(max_tokens=20, seed=3))
     engine = engine_for(model, stop_token_ids=[free.tokens[2]])
     on = await engine.generate(PROMPT, Sampling(max_tokens=20, seed=3, ignore_eos=True))
@@ -189,14 +199,14 @@ async def test_ignore_eos_passes_over_the_models_stop_tokens_but_not_over_the_re
     assert (await engine.generate(PROMPT, asked)).tokens == free.tokens[: free.tokens.index(free.tokens[5]) + 1]
 
 
-async def test_stop_tokens_of_a_request_do_not_outlive_it_in_its_row(model):
+async def test_stop_tokens_of_a_request_do_not_outlive_it_in_its_row(model, engine_for):
     free = await engine_for(model).generate(PROMPT, Sampling(max_tokens=20, seed=3))
     engine = engine_for(model, max_concurrent=1)
     await engine.generate(PROMPT, Sampling(max_tokens=20, seed=3, stop_token_ids=tuple(free.tokens[:5])))
     assert (await engine.generate(PROMPT, Sampling(max_tokens=20, seed=3))).tokens == free.tokens
 
 
-async def test_the_last_allowed_token_may_be_a_stop_token(model):
+async def test_the_last_allowed_token_may_be_a_stop_token(model, engine_for):
     free = await engine_for(model).generate(PROMPT, Sampling(max_tokens=1, seed=3))
     completion = await engine_for(model, stop_token_ids=free.tokens).generate(PROMPT, Sampling(max_tokens=1, seed=3))
     assert (free.finish_reason, completion.finish_reason) == ("length", "stop")
@@ -226,7 +236,7 @@ class Scripted:
         ("aab", ("ab",), "aab"),
     ],
 )
-async def test_a_stop_string_ends_a_completion_across_tokens_and_bytes(model, tokenizer, text, stop, kept):
+async def test_a_stop_string_ends_a_completion_across_tokens_and_bytes(model, tokenizer, text, stop, kept, engine_for):
     engine = engine_for(model, tokenizer)
     Scripted(engine, list(text.encode() + b" and so on for ever"))
     completion = await engine.generate([1], Sampling(max_tokens=25, stop=stop))
@@ -234,14 +244,14 @@ async def test_a_stop_string_ends_a_completion_across_tokens_and_bytes(model, to
     assert completion.finish_reason == "stop"
 
 
-async def test_a_stop_string_in_the_prompt_does_not_count(model, tokenizer):
+async def test_a_stop_string_in_the_prompt_does_not_count(model, tokenizer, engine_for):
     engine = engine_for(model, tokenizer)
     Scripted(engine, list(b"two lines\nor more"))
     completion = await engine.generate(list(b"line\nand t"), Sampling(max_tokens=20, stop=("\n", "tt")))
     assert bytes(completion.tokens) == b"two lines\n"
 
 
-async def test_more_requests_than_rows_with_ragged_lengths_all_get_their_own(model):
+async def test_more_requests_than_rows_with_ragged_lengths_all_get_their_own(model, engine_for):
     engine = engine_for(model, max_concurrent=4, prefill_tokens=40)
     asked = [(p, Sampling(max_tokens=1 + (7 * i) % 13, seed=i)) for i, p in enumerate(prompts(25))]
     for (tokens, sampling), completion in zip(asked, await together(engine, asked), strict=True):
@@ -252,7 +262,7 @@ async def test_more_requests_than_rows_with_ragged_lengths_all_get_their_own(mod
     assert engine.health() == {"status": "ok", "version": 0, "active": 0, "waiting": 0}
 
 
-async def test_a_row_that_has_ended_costs_nothing(model):
+async def test_a_row_that_has_ended_costs_nothing(model, engine_for):
     engine = engine_for(model)
     sizes: list[int] = []
     hook = model.model.layers[0].register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[0]))
@@ -263,7 +273,7 @@ async def test_a_row_that_has_ended_costs_nothing(model):
     assert sizes == [1, 4, 3, 2, 2]  # the packed prompts, then the rows that are left
 
 
-async def test_abort_returns_what_there_is(model):
+async def test_abort_returns_what_there_is(model, engine_for):
     engine = engine_for(model, max_concurrent=2)
     gate = Gate(engine, after=4)
     tasks = [asyncio.create_task(engine.generate(p, Sampling(max_tokens=50, seed=i))) for i, p in enumerate(prompts(3))]
@@ -277,7 +287,7 @@ async def test_abort_returns_what_there_is(model):
     assert engine.health()["active"] == engine.health()["waiting"] == 0
 
 
-async def test_an_aborted_completion_can_be_continued(model):
+async def test_an_aborted_completion_can_be_continued(model, engine_for):
     whole = await engine_for(model).generate(PROMPT, Sampling(max_tokens=12, temperature=0))
     engine = engine_for(model)
     gate = Gate(engine, after=3)
@@ -291,7 +301,7 @@ async def test_an_aborted_completion_can_be_continued(model):
     assert [*part.tokens, *rest.tokens] == list(whole.tokens)
 
 
-async def test_pause_holds_tokens_back_until_resume(model):
+async def test_pause_holds_tokens_back_until_resume(model, engine_for):
     engine = engine_for(model)
     await engine.pause()
     assert engine.health()["status"] == "paused"
@@ -303,7 +313,7 @@ async def test_pause_holds_tokens_back_until_resume(model):
     assert len((await task).tokens) == 3
 
 
-async def test_completions_tell_which_version_sampled_which_tokens(model):
+async def test_completions_tell_which_version_sampled_which_tokens(model, engine_for):
     engine = engine_for(model, version=4)
     gate = Gate(engine, after=2)
     task = asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=6)))
@@ -317,7 +327,7 @@ async def test_completions_tell_which_version_sampled_which_tokens(model):
 
 
 @pytest.mark.parametrize(("old_tokens", "new_tokens"), [(20, 5), (6, 12)])
-async def test_new_weights_are_used_at_once_and_no_old_prompt_is_shared(tiny_qwen, old_tokens, new_tokens):
+async def test_new_weights_are_used_at_once_and_no_old_prompt_is_shared(tiny_qwen, old_tokens, new_tokens, engine_for):
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen)
     engine = engine_for(model)
     gate = Gate(engine, after=2)
@@ -336,7 +346,7 @@ async def test_new_weights_are_used_at_once_and_no_old_prompt_is_shared(tiny_qwe
     assert engine.stats()["prefill_tokens"] == 2 * len(PROMPT)
 
 
-async def test_a_request_that_has_just_taken_over_a_row_samples_from_the_new_weights(tiny_qwen):
+async def test_a_request_that_has_just_taken_over_a_row_samples_from_the_new_weights(tiny_qwen, engine_for):
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen)
     engine = engine_for(model, max_concurrent=1)
     gate = Gate(engine, after=1)
@@ -353,7 +363,7 @@ async def test_a_request_that_has_just_taken_over_a_row_samples_from_the_new_wei
     assert (torch.tensor(completion.logprobs) - own_logprobs(model, PROMPT, completion)).abs().max() < 1e-5
 
 
-async def test_a_failure_in_a_step_reaches_everyone_and_the_next_request_is_served(model):
+async def test_a_failure_in_a_step_reaches_everyone_and_the_next_request_is_served(model, engine_for):
     engine = engine_for(model, max_concurrent=2)
     decode, calls = engine._forward.decode, []
 
@@ -372,7 +382,7 @@ async def test_a_failure_in_a_step_reaches_everyone_and_the_next_request_is_serv
     assert len((await engine.generate(PROMPT, Sampling(max_tokens=2))).tokens) == 2
 
 
-async def test_logits_that_are_not_finite_are_an_error(tiny_qwen):
+async def test_logits_that_are_not_finite_are_an_error(tiny_qwen, engine_for):
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen)
     engine = engine_for(model)
     with torch.no_grad():
@@ -381,7 +391,7 @@ async def test_logits_that_are_not_finite_are_an_error(tiny_qwen):
         await engine.generate(PROMPT, Sampling(max_tokens=2))
 
 
-async def test_a_cancelled_request_frees_its_row(model):
+async def test_a_cancelled_request_frees_its_row(model, engine_for):
     engine = engine_for(model, max_concurrent=2)
     gate = Gate(engine, after=2)
     asked = [(p, Sampling(max_tokens=8, seed=i)) for i, p in enumerate(prompts(3))]
@@ -399,7 +409,7 @@ async def test_a_cancelled_request_frees_its_row(model):
         assert (torch.tensor(completion.logprobs) - own_logprobs(model, tokens, completion)).abs().max() < 1e-5
 
 
-async def test_a_request_cancelled_while_it_waits_is_forgotten(model):
+async def test_a_request_cancelled_while_it_waits_is_forgotten(model, engine_for):
     engine = engine_for(model)
     await engine.pause()
     task = asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=8)))
@@ -409,7 +419,7 @@ async def test_a_request_cancelled_while_it_waits_is_forgotten(model):
     assert engine.health()["waiting"] == 0
 
 
-async def test_a_completion_that_takes_too_long_is_an_error_that_says_what_it_waited_for(model):
+async def test_a_completion_that_takes_too_long_is_an_error_that_says_what_it_waited_for(model, engine_for):
     engine = engine_for(model, timeout_s=0.05)
     await engine.pause()
     with pytest.raises(EngineError, match=r"within 0.05 s: it waited for one of 64 rows.*the engine is paused"):
@@ -436,12 +446,12 @@ async def test_a_completion_that_takes_too_long_is_an_error_that_says_what_it_wa
         ([1], Sampling(stop=("x",)), "tokenizer"),
     ],
 )
-async def test_a_request_that_cannot_be_served_is_refused(model, tokens, sampling, message):
+async def test_a_request_that_cannot_be_served_is_refused(model, tokens, sampling, message, engine_for):
     with pytest.raises(EngineError, match=message):
         await engine_for(model).generate(tokens, sampling)
 
 
-async def test_a_closed_engine_ends_what_is_in_flight_and_serves_nothing_more(model):
+async def test_a_closed_engine_ends_what_is_in_flight_and_serves_nothing_more(model, engine_for):
     engine = engine_for(model)
     gate = Gate(engine, after=1)
     task = asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=8)))
@@ -453,7 +463,7 @@ async def test_a_closed_engine_ends_what_is_in_flight_and_serves_nothing_more(mo
         await engine.generate(PROMPT, Sampling())
 
 
-def test_an_engine_serves_several_event_loops_one_after_another(model):
+def test_an_engine_serves_several_event_loops_one_after_another(model, engine_for):
     engine = engine_for(model, prefix_cache_mb=0)  # or the last bits differ
     runs = [asyncio.run(together(engine, [(PROMPT, Sampling(max_tokens=4, seed=1))])) for _ in range(2)]
     assert runs[0] == runs[1]
@@ -472,7 +482,7 @@ def test_an_engine_serves_several_event_loops_one_after_another(model):
     assert asyncio.run(together(engine, [(PROMPT, Sampling(max_tokens=4, seed=1))])) == runs[0]
 
 
-def test_requests_left_on_a_loop_that_was_closed_are_dropped(model):
+def test_requests_left_on_a_loop_that_was_closed_are_dropped(model, engine_for):
     engine = engine_for(model)
     loop = asyncio.new_event_loop()
     gate = Gate(engine, after=2)
@@ -489,7 +499,7 @@ def test_requests_left_on_a_loop_that_was_closed_are_dropped(model):
     task.get_coro().close()
 
 
-async def test_other_coroutines_run_between_steps_and_find_the_model_as_they_left_it(tiny_qwen):
+async def test_other_coroutines_run_between_steps_and_find_the_model_as_they_left_it(tiny_qwen, engine_for):
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen).train()
     engine = engine_for(model)
     task = asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=6)))
@@ -504,7 +514,7 @@ async def test_other_coroutines_run_between_steps_and_find_the_model_as_they_lef
     assert turns >= 5
 
 
-async def test_the_memory_is_free_while_nothing_is_generated(model):
+async def test_the_memory_is_free_while_nothing_is_generated(model, engine_for):
     engine = engine_for(model)
     await engine.generate(PROMPT, Sampling(max_tokens=2))
     await asyncio.sleep(0)
@@ -513,7 +523,7 @@ async def test_the_memory_is_free_while_nothing_is_generated(model):
     assert not engine._forward.cache._layers
 
 
-async def test_one_token_in_and_one_token_out(model):
+async def test_one_token_in_and_one_token_out(model, engine_for):
     engine = engine_for(model)
     completion = await engine.generate([65], Sampling(max_tokens=1, temperature=0))
     with torch.inference_mode():
@@ -522,7 +532,7 @@ async def test_one_token_in_and_one_token_out(model):
     assert completion.logprobs[0] == pytest.approx(float(logprobs.max()), abs=1e-5)
 
 
-async def test_an_adapter_is_part_of_what_generates(tiny_qwen):
+async def test_an_adapter_is_part_of_what_generates(tiny_qwen, engine_for):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)

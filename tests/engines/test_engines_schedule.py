@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from whet.engines.local.engine import LocalEngine
+from whet.engines.local.pages import Paging
 from whet.types import Completion, Sampling
 
 LONG = b"a longer prompt, of thirty or so tokens"
@@ -72,15 +73,20 @@ async def play(engine: LocalEngine, actions: list[Action]) -> list[tuple[tuple[i
     return tasks
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     actions=st.lists(st.one_of(submit, submit, group, wait, wait, cancel, other), min_size=1, max_size=25),
     max_concurrent=st.integers(1, 5),
     prefill_tokens=st.sampled_from([1, 20, 1000]),
     prefix_cache_mb=st.sampled_from([0, 0.05, 100]),
+    cache=st.sampled_from(["slots", Paging(page=4), Paging(page=16)]),
 )
 def test_every_request_gets_what_it_would_get_alone(model, alone, actions, **options):
     engine = LocalEngine(model, **options)
+    left: list[int] = []
+    free = engine._forward.free
+    # Before all memory goes because nobody is left, every page has been given back.
+    engine._forward.free = lambda: (left.append(getattr(engine._forward.cache, "num_used", 0)), free())
     for kind, task in asyncio.run(play(engine, actions)):
         if task.cancelled():
             continue
@@ -95,4 +101,5 @@ def test_every_request_gets_what_it_would_get_alone(model, alone, actions, **opt
     health = engine.health()
     assert (health["active"], health["waiting"]) == (0, 0)
     assert not engine._prompts
+    assert not any(left)
     assert not engine._forward.cache._layers

@@ -24,6 +24,7 @@ from whet.check.work import Work
 from whet.config.model import ModelConfig
 from whet.config.run import RunConfig
 from whet.engines.local.cache import LENGTH_BLOCK, ROW_BLOCK
+from whet.engines.local.pages import PAGE
 from whet.methods import Method
 from whet.models import adapters
 from whet.models.parts import base
@@ -110,9 +111,11 @@ def estimate(config: RunConfig, method: Method, work: Work) -> Estimate:
         "kept prefixes": config.engine.kept_mb(has_env=config.env is not None) * 2**20,
         "packed weights": held.weights if device == "cpu" and config.engine.packed_weights else 0.0,
     }
+    if work.decoded:
+        held_too |= _sampling(settings, work, autocast, config)
     if work.decoded and config.rollout.mode != "sync":  # sampled with weights of its own while a step trains
         static["engine's weights"] = held.weights
-        static["sampling ahead"] = sum((_sampling(settings, work, autocast, config.model) | held_too).values())
+        static["sampling ahead"] = sum(held_too.values())
     if "critic" in method.trains:
         critic = critic_of(config)
         read = load_config(adapter_base(critic) or critic)
@@ -128,7 +131,7 @@ def estimate(config: RunConfig, method: Method, work: Work) -> Estimate:
             for one in _training({**static, "heap": holes}, of_critic, own, again=work.micro.again)
         ]
     if work.decoded:
-        sampling = {} if "sampling ahead" in static else _sampling(settings, work, autocast, config.model) | held_too
+        sampling = {} if "sampling ahead" in static else held_too
         moments.append(Moment("sampling", {**static, "heap": holes, **sampling}))
     given = config.backend.memory_gb
     return Estimate(device, tuple(moments), available_bytes(device) if given is None else int(given * 1e9))
@@ -185,16 +188,18 @@ def _training(static: Mapping[str, float], held: Held, peaks: Peaks, *, again: b
 
 
 def _sampling(
-    settings: PreTrainedConfig, work: Work, autocast: torch.dtype | None, cfg: ModelConfig
+    settings: PreTrainedConfig, work: Work, autocast: torch.dtype | None, config: RunConfig
 ) -> dict[str, float]:
     """Keys and values of all sequences decoded together, and the logits of their next tokens."""
     text = settings.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    itemsize = (autocast or getattr(torch, cfg.dtype)).itemsize
-    rows = _blocks(work.decoded, ROW_BLOCK)
-    slots = rows * min(_blocks(work.decoded_length, LENGTH_BLOCK), getattr(text, "max_position_embeddings", 10**9))
-    layer = 2 * heads * width * slots * itemsize
+    itemsize = (autocast or getattr(torch, config.model.dtype)).itemsize
+    length = min(_blocks(work.decoded_length, LENGTH_BLOCK), getattr(text, "max_position_embeddings", 10**9))
+    positions = _blocks(work.decoded, ROW_BLOCK) * length
+    if config.engine.cache == "paged":  # as if no page were shared, and the one that belongs to nobody
+        positions = work.decoded * _blocks(work.decoded_length, PAGE) + PAGE
+    layer = 2 * heads * width * positions * itemsize
     # A layer exists twice while the cache grows. Logits exist twice when a prompt's are spread over its group.
     return {"cache": (text.num_hidden_layers + 1) * layer, "logits": 2 * work.decoded * text.vocab_size * 4}
 

@@ -108,6 +108,11 @@ class EngineConfig(Config):
     """On a CPU: while sampling, hold a second copy of the linear layers in the order in which the matrix kernels read
     them. Sampling is up to a half faster; turn it off where memory is short."""
 
+    cache: Literal["auto", "slots", "paged"] = "auto"
+    """Where keys and values lie: `slots` of one length for all rows, which is faster on a CPU; `paged`, in pages that
+    follow what is written and that the members of a group share; `auto` takes pages on a GPU where PyTorch's kernel
+    serves the model from them, else slots."""
+
     def kept_mb(self, *, has_env: bool) -> float:
         """MiB kept of completions that have ended."""
         if self.prefix_cache_mb is not None:

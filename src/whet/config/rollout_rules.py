@@ -36,7 +36,7 @@ def idle_problems(rollout: RolloutConfig, method: str) -> Iterator[Problem]:
 
 def engine_problems(engine: EngineConfig) -> Iterator[Problem]:
     """Settings of the embedded engine, given to another."""
-    for name in ("prefix_cache_mb", "packed_weights"):
+    for name in ("prefix_cache_mb", "packed_weights", "cache"):
         if engine.use != "local" and getattr(engine, name) != EngineConfig.model_fields[name].default:
             yield Problem(
                 ("engine", name),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +22,9 @@ class SlotCache:
     The layers are separate tensors: one stacked tensor was measured 14 times slower. They are made at the
     first write, in the shape that the model's own keys and values have, and grow to what `reserve` asked for.
     """
+
+    shares = False
+    """Whether a copy costs no memory, so that what several rows begin with is written once."""
 
     def __init__(self, max_rows: int, max_length: int | None, dtype: torch.dtype | None = None):
         self.max_rows = max_rows
@@ -56,6 +62,16 @@ class SlotCache:
         for layer in self._layers.values():
             for held in layer:
                 held[target, :, :length] = held[source, :, :length]
+
+    def ready(self, slots: Sequence[int] | np.ndarray, starts: Sequence[int] | np.ndarray, ends: np.ndarray) -> None:
+        """Before positions `starts[i]` to `ends[i]` of slot `slots[i]` are written: what was reserved suffices."""
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Give the first `length` positions of a slot that is then free to another one."""
+        self.copy(source, target, length)
+
+    def drop(self, slot: int, length: int = 0) -> None:
+        """What a slot holds behind its first `length` positions is not needed any more: here, it is written over."""
 
     @torch.inference_mode()
     def read(self, slot: int, length: int) -> Layers:

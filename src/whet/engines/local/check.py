@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from whet.engines.local.contexts import refuse_unsupported
 from whet.engines.local.forward import Forward
+from whet.engines.local.pages import Paging
 from whet.errors import EngineError
 
 NUM_DECODED = 3
@@ -19,13 +20,13 @@ LONGEST_WINDOW = 256
 MIXES = {"full_attention", "sliding_attention"}
 
 
-def check(model: nn.Module, tokens_below: int, *, packs: bool = False) -> None:
+def check(model: nn.Module, tokens_below: int, *, packs: bool = False, paging: Paging | None = None) -> None:
     """Compare logprobs of prefill and decode with those of the model's own forward, on random tokens.
 
     Runs without autocast, in the type of the weights. `tokens_below`: the size of the vocabulary.
     Raises EngineError if they differ, or if a layer mixes tokens by something other than attention.
     """
-    forward = Forward(model, max_rows=2, packs=packs)
+    forward = Forward(model, max_rows=2, packs=packs, paging=paging)
     name = type(forward.model).__name__
     windows = _windows(forward, name)
     longest = 9 + max([w for w in windows if w <= LONGEST_WINDOW], default=0)

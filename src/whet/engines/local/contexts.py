@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whet.engines.local.cache import SlotCache
+from whet.engines.local.pages import PagedCache
 from whet.errors import EngineError
 from whet.tensor.segments import Segments
 
@@ -36,7 +37,9 @@ class Prefill:
     Token `places[i]` of the packed stream is written to position `positions[i]` of slot `slots[i]`.
     """
 
-    def __init__(self, cache: SlotCache, segments: Segments, slots: Tensor, positions: Tensor, places: Tensor):
+    def __init__(
+        self, cache: SlotCache | PagedCache, segments: Segments, slots: Tensor, positions: Tensor, places: Tensor
+    ):
         self.cache, self.segments = cache, segments
         self.slots, self.positions, self.places = slots, positions, places
 
@@ -46,9 +49,12 @@ class Prefill:
         """query [1, H, P, D], key and value [1, Hkv, P, D] -> [1, P, H, D] (see AttentionContext)."""
         keys, values = self.cache.layer(module.layer_idx, key, value)
         query, key, value = query.to(keys.dtype), key.to(keys.dtype), value.to(values.dtype)
-        keys[self.slots, :, self.positions] = key[0].transpose(0, 1)[self.places]
-        values[self.slots, :, self.positions] = value[0].transpose(0, 1)[self.places]
+        self._write(keys, key[0].transpose(0, 1)[self.places])
+        self._write(values, value[0].transpose(0, 1)[self.places])
         return self.segments.attend(module, query, key, value, scaling, **options)
+
+    def _write(self, held: Tensor, new: Tensor) -> None:
+        held[self.slots, :, self.positions] = new
 
 
 class Extend:
@@ -77,7 +83,7 @@ class Extend:
             mask = self._mask(row, options.get("sliding_window"), keys)
             groups = query.shape[1] // keys.shape[1]
             k, v = keys[slot : slot + 1, :, :end], values[slot : slot + 1, :, :end]
-            out = _attend(q, k, v, mask.repeat(groups, 1), scaling, **options)
+            out = attend_masked(q, k, v, mask.repeat(groups, 1), scaling, **options)
             outs.append(out.reshape(query.shape[1], length, -1).transpose(0, 1))
         return torch.cat(outs)[None]
 
@@ -86,7 +92,7 @@ class Extend:
         if (row, window) not in self._masks:
             _, start, length, _ = self.rows[row]
             positions = torch.arange(start, start + length, device=keys.device)
-            self._masks[row, window] = _hiding(positions, start + length, window, keys.dtype)
+            self._masks[row, window] = hiding(positions, start + length, window, keys.dtype)
         return self._masks[row, window]
 
 
@@ -126,7 +132,7 @@ class Decode:
         outs = []
         for a, b, length in self._blocks_for(keys):
             k, v, m = keys[a:b, :, :length], values[a:b, :, :length], mask[a:b, ..., :length]
-            outs.append(_attend(query[a:b], k, v, m, scaling, **options))
+            outs.append(attend_masked(query[a:b], k, v, m, scaling, **options))
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return out.reshape(batch, 1, heads, -1)
 
@@ -149,18 +155,18 @@ class Decode:
     def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """[B, 1, 1, length], 0 where a row looks and -inf elsewhere; the same for all layers with this window."""
         if window not in self._masks:
-            self._masks[window] = _hiding(self.positions, self.length, window, dtype)[:, None, None]
+            self._masks[window] = hiding(self.positions, self.length, window, dtype)[:, None, None]
         return self._masks[window]
 
 
-def _hiding(positions: Tensor, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
+def hiding(positions: Tensor, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
     """[len(positions), length]: 0 where a token at each position looks, -inf elsewhere."""
     distance = positions[:, None] - torch.arange(length, device=positions.device)
     hidden = (distance < 0) | (distance >= window) if window else distance < 0
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
 
-def _attend(
+def attend_masked(
     query: Tensor,
     keys: Tensor,
     values: Tensor,

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from whet.engines.local.cache import LENGTH_BLOCK
 from whet.engines.local.check import check
+from whet.engines.local.choice import paging_for
 from whet.engines.local.forward import Forward
+from whet.engines.local.pages import Paging
 from whet.engines.local.prompts import Prompts
-from whet.engines.local.request import Piece, Request, StopText
+from whet.engines.local.request import Piece, Request, StopText, validate
 from whet.engines.local.rows import Rows
 from whet.engines.local.sampler import sample
 from whet.engines.local.stats import Stats
@@ -41,6 +43,7 @@ class LocalEngine:
     `prefix_cache_mb` bounds the keys and values kept of requests that have ended, for those that go on from there;
     they go when the weights change, and with `release`.
     `packed_weights` holds a second copy of the linear layers on a CPU while sampling, which is faster (see `Packed`).
+    `cache` says where keys and values lie: `slots`, `paged`, a `Paging`, or `auto` for what is faster (`paging_for`).
     `weights_from` is the model that is trained, where `model` is a copy of it (`weights.own_copy`): what is trained
     is then copied by `update_weights`, and another thread may train while this one samples.
     Raises EngineError if the model cannot be served exactly (see `check`).
@@ -60,6 +63,7 @@ class LocalEngine:
         weights_from: nn.Module | None = None,
         prefix_cache_mb: float = 256.0,
         packed_weights: bool = True,
+        cache: str | Paging = "auto",
     ):
         self.tokenizer = tokenizer
         self.stop_token_ids = frozenset(stop_token_ids)
@@ -67,12 +71,13 @@ class LocalEngine:
         self.timeout_s = timeout_s
         self.prefill_tokens = prefill_tokens
         self.version = version
-        self._forward = Forward(model, max_rows=max_concurrent, autocast=autocast, packs=packed_weights)
+        how = {"packs": packed_weights, "paging": paging_for(cache, model, autocast)}
+        self._forward = Forward(model, max_rows=max_concurrent, autocast=autocast, **how)
         self._following = None if weights_from is None else Following(model, weights_from)
         if self._following is not None:
             self._following.update()
         self._vocabulary = len(self._forward.head.weight)
-        check(model, self._vocabulary, packs=packed_weights)
+        check(model, self._vocabulary, **how)
         self._rows = Rows(max_concurrent)
         self._waiting: dict[tuple[int, ...], deque[Request]] = {}
         self._prompts = Prompts(self._forward, int(prefix_cache_mb * 2**20))
@@ -207,28 +212,7 @@ class LocalEngine:
 
     def validate(self, tokens: Sequence[int], sampling: Sampling) -> None:
         """Raises EngineError for a request that cannot be served."""
-        limit = self._forward.max_length
-        if not tokens:
-            raise EngineError("the prompt has no tokens; an engine needs at least one to begin with")
-        if not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
-            raise EngineError(
-                f"the prompt holds token {max(tokens) if min(tokens) >= 0 else min(tokens)}, but the model's "
-                f"vocabulary has {self._vocabulary}; use the tokenizer that belongs to the model"
-            )
-        if sampling.max_tokens < 1:
-            raise EngineError(f"max_tokens is {sampling.max_tokens}, expected at least 1")
-        if limit is not None and len(tokens) + sampling.max_tokens > limit:
-            raise EngineError(
-                f"the prompt has {len(tokens)} tokens and max_tokens is {sampling.max_tokens}, together more than the "
-                f"{limit} positions of the model (max_position_embeddings); shorten the prompt or lower max_tokens"
-            )
-        if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
-            raise EngineError(
-                f"temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}: expected "
-                "temperature at least 0, top_p above 0 and at most 1, top_k at least 0"
-            )
-        if sampling.stop and (self.tokenizer is None or not all(sampling.stop)):
-            raise EngineError("stop strings must not be empty, and need an engine that was given a tokenizer")
+        validate(tokens, sampling, self._vocabulary, self._forward.max_length, self.tokenizer)
 
     def _withdraw(self, request: Request) -> None:
         """Take out a request that nobody waits for any more."""
@@ -383,6 +367,7 @@ class LocalEngine:
             heir.mark(self.version)
             prompt.holders.append(heir)
             self._rows.hand_over(row, heir)
+            self._forward.cache.drop(row, len(heir.tokens))
             self._stats.prefill_tokens_saved += len(heir.tokens)
             return
         self._prompts.drop_unheld(request.tokens)
@@ -390,8 +375,9 @@ class LocalEngine:
 
     def _free(self, row: int) -> None:
         """Empty a row, and move the last one there: what it has in the cache, at most up to its last token."""
+        self._forward.cache.drop(row)
         if (moved := self._rows.remove(row)) is not None:
-            self._forward.cache.copy(moved, row, int(self._rows.position[row]) + 1)
+            self._forward.cache.move(moved, row, int(self._rows.position[row]) + 1)
 
 
 def _room(request: Request) -> int:

@@ -13,6 +13,8 @@ from whet.engines.local.cache import SlotCache
 from whet.engines.local.contexts import Decode, Extend, Prefill
 from whet.engines.local.graphs import DecodeGraphs
 from whet.engines.local.packed import Packed
+from whet.engines.local.paged import PagedDecode, PagedExtend, PagedPrefill
+from whet.engines.local.pages import PagedCache, Paging
 from whet.models import parts
 from whet.tensor.attention import AttentionContext, attention
 from whet.tensor.segments import Segments
@@ -22,14 +24,24 @@ from whet.tree import build
 class Forward:
     """Runs the trainer's own model object: its weights are used where they are, its code as it is."""
 
-    def __init__(self, model: nn.Module, *, max_rows: int, autocast: torch.dtype | None = None, packs: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_rows: int,
+        autocast: torch.dtype | None = None,
+        packs: bool = False,
+        paging: Paging | None = None,
+    ):
         self.model = parts.base(model)
         self.decoder = parts.decoder(model)
         self.head = parts.head(model)
         self.config = self.model.config.get_text_config()
         self.autocast = autocast
         self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
-        self.cache = SlotCache(max_rows, self.max_length, autocast)
+        self.cache: SlotCache | PagedCache = SlotCache(max_rows, self.max_length, autocast)
+        if paging is not None:
+            self.cache = PagedCache(max_rows, self.max_length, autocast, paging)
         self.packed = Packed(self.model if packs else None, self.head, autocast)
         self._modules = list(model.modules())
         self.graphs: DecodeGraphs | None = None
@@ -79,16 +91,22 @@ class Forward:
         """
         tree = build([np.asarray(prompt) for prompt in prompts])
         bounds = np.cumsum([0, *map(len, prompts)])
-        copies = [(slot, p) for p, wanted in enumerate(slots) for slot in wanted]
+        written = [wanted[:1] for wanted in slots] if self.cache.shares else slots
+        copies = [(slot, p) for p, wanted in enumerate(written) for slot in wanted]
         lengths = [len(prompts[p]) for _, p in copies]
-        context = Prefill(
-            self.cache,
-            Segments(tree, self.device),
-            slots=self._tensor(np.repeat([slot for slot, _ in copies], lengths)),
-            positions=self._tensor(np.concatenate([np.arange(n) for n in lengths])),
-            places=self._tensor(np.concatenate([tree.index[bounds[p] : bounds[p + 1]] for _, p in copies])),
-        )
+        self.cache.ready([slot for slot, _ in copies], [0] * len(copies), np.array(lengths))
+        rows = np.repeat([slot for slot, _ in copies], lengths)
+        positions = np.concatenate([np.arange(n) for n in lengths])
+        places = np.concatenate([tree.index[bounds[p] : bounds[p + 1]] for _, p in copies])
+        prefill = Prefill
+        if isinstance(self.cache, PagedCache):
+            prefill, (rows, positions) = PagedPrefill, self.cache.places(rows, positions)
+        at = self._tensor(rows), self._tensor(positions), self._tensor(places)
+        context = prefill(self.cache, Segments(tree, self.device), *at)
         hidden = self._decoder(tree.tokens[None], tree.position_ids[None], context)
+        for prompt, wanted, (first, *_) in zip(prompts, slots, written, strict=True):
+            for slot in wanted[1:] if self.cache.shares else ():
+                self.cache.copy(first, slot, len(prompt))
         return hidden[0, self._tensor(tree.index[bounds[1:] - 1])], tree.num_tokens
 
     def extend(self, rests: Sequence[Sequence[int]], slots: Sequence[int], starts: Sequence[int]) -> Tensor:
@@ -99,15 +117,25 @@ class Forward:
         lengths = [len(rest) for rest in rests]
         tokens = np.concatenate([np.asarray(rest, dtype=np.int64) for rest in rests])
         positions = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)])
-        context = Extend(self.cache, slots, starts, lengths)
+        self.cache.ready(slots, starts, np.add(starts, lengths))
+        if isinstance(self.cache, PagedCache):
+            context = PagedExtend(self.cache, slots, starts, lengths, self.device)
+        else:
+            context = Extend(self.cache, slots, starts, lengths)
         hidden = self._decoder(tokens[None], positions[None], context)
         return hidden[0, self._tensor(np.cumsum(lengths) - 1)]
 
     def decode(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
         """One token [B] at its position [B] for each of the first B slots -> hidden states [B, H]."""
+        self.cache.ready(np.arange(len(tokens)), positions, positions + 1)
         if self.graphs is not None and (hidden := self.graphs.decode(tokens, positions)) is not None:
             return hidden
-        context = Decode(self.cache, positions, self.device)
+        if isinstance(self.cache, PagedCache):
+            longest = int(positions.max()) + 1
+            tables = self._tensor(self.cache.tables(np.arange(len(tokens)), longest))
+            context = PagedDecode(self.cache, tables, self._tensor(positions), longest)
+        else:
+            context = Decode(self.cache, positions, self.device)
         return self._decoder(tokens[:, None], positions[:, None], context)[:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from whet.engines.local.cache import LENGTH_BLOCK, SlotCache
 from whet.engines.local.contexts import Decode
+from whet.engines.local.paged import PagedDecode
+from whet.engines.local.pages import PagedCache
 from whet.tensor.attention import AttentionContext
 
 logger = logging.getLogger(__name__)
@@ -26,11 +30,11 @@ class DecodeGraphs:
     """Graphs by number of rows (powers of two) and by length of what they look at (blocks of the cache).
 
     A graph holds addresses: of the cache, which may grow, and of the weights, whose content may change but which may
-    be moved as well. When any has changed, all graphs go. Rows that only fill up a bucket write to slots that nobody
-    has. Where a model cannot be captured, that is said once and it runs as before.
+    be moved as well. When any has changed, all graphs go. Rows that only fill up a bucket write to slots, or to a page,
+    that nobody has. Where a model cannot be captured, that is said once and it runs as before.
     """
 
-    def __init__(self, call: Call, cache: SlotCache, weights: Sequence[Tensor], device: torch.device):
+    def __init__(self, call: Call, cache: SlotCache | PagedCache, weights: Sequence[Tensor], device: torch.device):
         self.call, self.cache, self.weights, self.device = call, cache, weights, device
         self.works = True
         self.clear()
@@ -58,7 +62,8 @@ class DecodeGraphs:
         graph = self._graphs.get((rows, length))
         if graph is None:
             try:
-                graph = self._graphs[rows, length] = _Graph(self.call, self.cache, rows, length, self.device)
+                kind = _PagedGraph if isinstance(self.cache, PagedCache) else _Graph
+                graph = self._graphs[rows, length] = kind(self.call, self.cache, rows, length, self.device)
             except Exception as error:  # whatever a model's code does that a graph cannot hold
                 self.works = False
                 self.clear()
@@ -70,17 +75,25 @@ class DecodeGraphs:
 class _Graph:
     """One captured step for `rows` rows, each looking at its first `length` positions at most."""
 
-    def __init__(self, call: Call, cache: SlotCache, rows: int, length: int, device: torch.device):
+    def __init__(self, call: Call, cache: Any, rows: int, length: int, device: torch.device):
+        self.cache, self.length = cache, length
         self.tokens = torch.zeros((rows, 1), dtype=torch.int64, device=device)
         self.positions = torch.zeros((rows, 1), dtype=torch.int64, device=device)
-        # Slots that are in use must survive the runs that come before the first replay.
-        saved = [(held, held[:rows, :, 0].clone()) for held in cache.tensors]
-        self._replay, self._hidden = capture(lambda: call(self.tokens, self.positions, self._context(cache, length)))
-        for held, first in saved:
-            held[:rows, :, 0] = first
+        with self._kept(rows):
+            self._replay, self._hidden = capture(lambda: call(self.tokens, self.positions, self._context()))
 
-    def _context(self, cache: SlotCache, length: int) -> _Static:
-        return _Static(cache, self.positions[:, 0], length)
+    @contextmanager
+    def _kept(self, rows: int) -> Iterator[None]:
+        """Slots that are in use survive the runs that come before the first replay."""
+        saved = [(held, held[:rows, :, 0].clone()) for held in self.cache.tensors]
+        try:
+            yield
+        finally:
+            for held, first in saved:
+                held[:rows, :, 0] = first
+
+    def _context(self) -> AttentionContext:
+        return _Static(self.cache, self.positions[:, 0], self.length)
 
     def replay(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
         """Hidden states [B, H]; good until the next replay."""
@@ -91,6 +104,27 @@ class _Graph:
         self.positions[:count, 0] = torch.from_numpy(positions).to(self.positions.device)
         self._replay()
         return self._hidden[:count, 0]
+
+
+class _PagedGraph(_Graph):
+    """One captured step over pages: their numbers are filled in for every replay, SCRATCH where nobody is."""
+
+    def __init__(self, call: Call, cache: PagedCache, rows: int, length: int, device: torch.device):
+        self.tables = torch.from_numpy(np.zeros_like(cache.tables(range(rows), length))).to(device)
+        super().__init__(call, cache, rows, length, device)
+
+    def _kept(self, rows: int) -> AbstractContextManager[None]:
+        return nullcontext()  # until the first replay all write to SCRATCH
+
+    def _context(self) -> AttentionContext:
+        return PagedDecode(self.cache, self.tables, self.positions[:, 0], self.length)
+
+    def replay(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
+        """Hidden states [B, H]; good until the next replay."""
+        self.tables.zero_()
+        tables = torch.from_numpy(self.cache.tables(range(len(tokens)), self.length))
+        self.tables[: len(tokens)] = tables.to(self.tables.device)
+        return super().replay(tokens, positions)
 
 
 class _Static(Decode):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from whet.engines.local.cache import Layers, SlotCache
+from whet.engines.local.pages import PagedCache
 
 MIN_REUSED = 16
 """Shorter beginnings are computed anew: to copy them costs as much. What is looked up is found by its first so many."""
@@ -29,7 +30,7 @@ class KeptPrefixes:
     Nothing here knows of weights: whoever changes them clears it.
     """
 
-    def __init__(self, cache: SlotCache, max_bytes: int):
+    def __init__(self, cache: SlotCache | PagedCache, max_bytes: int):
         self.cache, self.max_bytes = cache, max_bytes
         self.clear()
 

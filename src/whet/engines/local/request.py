@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from whet.errors import EngineError
 from whet.types import Completion, FinishReason, Sampling, VersionSpan
 
 
@@ -68,3 +69,28 @@ class Request:
         ends = [start for _, start in self.marks[1:]] + [len(self.output)]
         spans = (VersionSpan(version, start, end) for (version, start), end in zip(self.marks, ends, strict=False))
         return tuple(span for span in spans if span.end > span.start)
+
+
+def validate(tokens: Sequence[int], sampling: Sampling, vocabulary: int, limit: int | None, tokenizer: Any) -> None:
+    """Raises EngineError for a request that a model of so many tokens and positions cannot serve."""
+    if not tokens:
+        raise EngineError("the prompt has no tokens; an engine needs at least one to begin with")
+    if not 0 <= min(tokens) <= max(tokens) < vocabulary:
+        raise EngineError(
+            f"the prompt holds token {max(tokens) if min(tokens) >= 0 else min(tokens)}, but the model's "
+            f"vocabulary has {vocabulary}; use the tokenizer that belongs to the model"
+        )
+    if sampling.max_tokens < 1:
+        raise EngineError(f"max_tokens is {sampling.max_tokens}, expected at least 1")
+    if limit is not None and len(tokens) + sampling.max_tokens > limit:
+        raise EngineError(
+            f"the prompt has {len(tokens)} tokens and max_tokens is {sampling.max_tokens}, together more than the "
+            f"{limit} positions of the model (max_position_embeddings); shorten the prompt or lower max_tokens"
+        )
+    if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
+        raise EngineError(
+            f"temperature {sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}: expected "
+            "temperature at least 0, top_p above 0 and at most 1, top_k at least 0"
+        )
+    if sampling.stop and (tokenizer is None or not all(sampling.stop)):
+        raise EngineError("stop strings must not be empty, and need an engine that was given a tokenizer")
