@@ -104,7 +104,7 @@ class Simulation:
         self.version = self.engine_version = 0
         self.ready: list[Group] = []
         self.left: deque[Group] = deque()
-        self.num_groups = 0
+        self.num_groups = self.capacity = 0
 
     def run(self, steps: int) -> Result:
         """The result of so many steps."""
@@ -147,12 +147,13 @@ class Simulation:
 
     def _take_ready(self, n: int) -> list[Group]:
         self._expire()
+        self.capacity = self._full_capacity()
         while len(self.ready) < n:
             self._fill()
             self._finish_one()
         taken = sorted(self.ready, key=lambda group: group.number)[:n]
         self.ready = [group for group in self.ready if group not in taken]
-        self._fill()
+        self.capacity -= n  # until the next policy is there
         return taken
 
     def _sample_until(self, end: float) -> None:
@@ -172,6 +173,8 @@ class Simulation:
             self.engine_version = self.version
         if self.config.mode == "async":
             self._expire()
+            self.capacity = self._full_capacity()
+            self._fill()
 
     def _expire(self) -> None:
         bound = self.config.staleness
@@ -189,11 +192,13 @@ class Simulation:
                 group.version = None
             self.left.extend(gone)
 
-    def _fill(self) -> None:
+    def _full_capacity(self) -> int:
         staleness = self.config.staleness
         assert staleness is not None, "a simulated run has a bound"
-        capacity = self.config.prompts_per_step * (1 + staleness // self.config.updates_per_step)
-        room = capacity - len(self.ready) - len(self.engine)
+        return self.config.prompts_per_step * (1 + staleness // self.config.updates_per_step)
+
+    def _fill(self) -> None:
+        room = self.capacity - len(self.ready) - len(self.engine)
         if room > 0:
             self.engine.submit(list(self._next(room)), self.now, self.version)
 

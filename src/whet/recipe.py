@@ -57,7 +57,7 @@ def method_of(config: RunConfig) -> Method:
 def _for_rollouts(method: Method, config: RunConfig) -> Method:
     """Shaping, the KL penalty, the critic, the correction, and the old policy's logprobs."""
     kl, stages = config.kl, [*_shaping(config), *method.annotate]
-    old = SamplerAsOld() if config.rollout.old_logprobs == "sampler" else OLD
+    old = SamplerAsOld() if _ratio_to(config) == "sampler" else OLD
     if old is not OLD or config.rollout.updates_per_step > 1:
         # With one optimizer step the old policy is the current one, and this pass would be wasted.
         stages.append(old)
@@ -76,6 +76,13 @@ def _for_rollouts(method: Method, config: RunConfig) -> Method:
     if wanted or (wanted is None and any(stage.rule.whitened for stage in method.credit)):
         method = replace(method, credit=(*method.credit, CreditStage("whiten", whiten)))
     return replace(method, terms=tuple(terms), annotate=tuple(dict.fromkeys(stages)))
+
+
+def _ratio_to(config: RunConfig) -> str:
+    """Whose logprobs the ratio of the loss is to; see `rollout.old_logprobs`."""
+    if config.rollout.old_logprobs is not None:
+        return config.rollout.old_logprobs
+    return "sampler" if config.rollout.trains_older and config.correction.use is None else "trainer"
 
 
 def _shaping(config: RunConfig) -> list[Shaping]:

@@ -50,9 +50,10 @@ class RolloutConfig(Config):
     """Times that a step may ask for more prompts because groups were rejected before the run stops and says so."""
     partial: bool = False
     """Keep what aborted completions have so far, and go on with them in a later step."""
-    old_logprobs: Literal["trainer", "sampler"] = "trainer"
+    old_logprobs: Literal["trainer", "sampler"] | None = None
     """Which policy the ratio of the loss is to: the trainer's as it stands before a step's first update, or the one
-    that sampled, by the engine's own logprobs. They are the same unless groups are older than a step."""
+    that sampled, by the engine's own logprobs. They are the same unless groups are older than a step: with `partial`
+    and in modes other than `sync` the default is `sampler`, unless `correction.use` accounts for the difference."""
     mask_offpolicy: bool = False
     """Do not train tokens that were sampled in an earlier step (with `partial`)."""
     buffer: Plugin | None = None
@@ -84,6 +85,11 @@ class RolloutConfig(Config):
         if self.max_staleness is not None or self.partial:
             return self.max_staleness
         return {"sync": 0, "one_step_off": self.updates_per_step, "async": 2 * self.updates_per_step}[self.mode]
+
+    @property
+    def trains_older(self) -> bool:
+        """Whether what is trained on may have been sampled by an older policy."""
+        return self.mode != "sync" or self.partial
 
     @property
     def fetch(self) -> int:

@@ -32,7 +32,7 @@ def references(label: Any) -> list[str]:
     """The answers that a label accepts. Raises ValueError without any."""
     found = label if isinstance(label, list) else [label]
     if not found or not all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in found):
-        raise ValueError(f"the label is {label!r:.80}, expected a text or a list of texts")
+        raise ValueError(f"the label is {label!r:.80}, expected a text or a number, or a list of them")
     return [str(one) for one in found]
 
 

@@ -93,8 +93,15 @@ class Collector:
             await self._change()
         taken = sorted(self.ready, key=number_of)[:n]
         self.ready = [group for group in self.ready if group not in taken]
-        await self._fill()
+        # What is begun now is sampled by the policy as it was before this step's updates: as many groups less may be
+        # in flight until the next policy is there, or the last of them would be too old when their step comes.
+        self._capacity = capacity - n
         return taken
+
+    async def allow(self, capacity: int) -> None:
+        """A new policy samples: keep up to `capacity` groups in flight or ready."""
+        self._capacity = capacity
+        await self._fill()
 
     async def expire(self, version: int) -> None:
         """Sample anew, or leave out, every group whose oldest token would be too old for a step at `version`."""

@@ -86,7 +86,7 @@ class RolloutSource:
         self._collecting: Collector | None = None
         self._ahead: asyncio.Task[list[Group]] | None = None
         self._restored: Mapping[str, Any] | None = None
-        self._step = self._version = self._engine_version = 0
+        self._step = self._version = self._engine_version = self._num_per_step = 0
         self._started = time.monotonic()
         self.rollout: Rollout | None = None
         """What the last `take` gave out, failed and aborted episodes included."""
@@ -135,6 +135,8 @@ class RolloutSource:
             await self._update_engine()
         if self._collecting is not None:
             await self._collecting.expire(snapshot)
+            if self._config.mode == "async" and self._num_per_step:
+                await self._collecting.allow(self._capacity(self._num_per_step))
 
     async def close(self) -> None:
         """Stop sampling; the journal keeps what is under way."""
@@ -174,6 +176,7 @@ class RolloutSource:
     async def _next(self, collector: Collector, n: int, step: int) -> list[Group]:
         if self._config.mode == "async":
             await self._update_engine()
+            self._num_per_step = n
             return await collector.take_ready(n, step, self._version, self._capacity(n))
         if self._ahead is not None:
             ahead, self._ahead = self._ahead, None
