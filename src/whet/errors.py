@@ -27,7 +27,7 @@ class EngineError(WhetError, RuntimeError):
 
 
 class RewardError(WhetError, RuntimeError):
-    """A reward function could not be found, or failed for every episode."""
+    """A reward function could not be found, failed for every episode, or left nothing to learn from."""
 
 
 class CheckpointError(WhetError, RuntimeError):

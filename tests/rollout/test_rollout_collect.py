@@ -77,11 +77,11 @@ def test_rejected_groups_are_counted_by_reason_and_never_come_back(make_source):
         return [await source.take(4) for _ in range(3)], source._journal.census()
 
     units, census = run_at_once(steps())
-    assert source.stats["rollout/dropped/nonzero_std"] > 0
+    assert source.stats["rollout/dropped/zero_std"] > 0
     taken = [number(unit.id) for step in units for unit in step]
     assert len(set(taken)) == 12 and all(n % 2 for n in taken)
     reasons = {n: reason for n, _, state, _, reason in census if state == "dropped"}
-    assert set(reasons.values()) == {"nonzero_std"} and all(n % 2 == 0 for n in reasons)
+    assert set(reasons.values()) == {"zero_std"} and all(n % 2 == 0 for n in reasons)
 
 
 def test_sampling_stops_at_once_when_enough_groups_are_kept(make_source):
@@ -95,8 +95,8 @@ def test_sampling_stops_at_once_when_enough_groups_are_kept(make_source):
 
 def test_a_filter_that_rejects_everything_ends_with_an_error_that_counts(make_source):
     source, _ = make_source(reward=lambda e: 1.0, max_fetches=3, **OVERSAMPLED)
-    told = r"only 0 of the 4 groups .* kept of 24 prompts; rejected: 2\d nonzero_std.*rollout\.max_fetches \(3\)"
-    with pytest.raises(EngineError, match=told):
+    told = r"only 0 of the 4 groups .* kept of 24 prompts; rejected: 2\d zero_std.*rollout\.max_fetches \(3\)"
+    with pytest.raises(RewardError, match=told):
         run_at_once(source.take(4))
 
 
@@ -455,7 +455,7 @@ def one_troubled_schedule(make_source, seed: int) -> None:
         try:
             async with asyncio.timeout(1e5):  # on the clock that jumps: far beyond any that comes
                 return await play(source, rng, steps=4, updates=1, train_s=2.0)
-        except EngineError:
+        except (EngineError, RewardError):
             await source.close()
         finally:
             if meddling is not None:

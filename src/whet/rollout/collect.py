@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from whet.config.rollout import RolloutConfig
 from whet.engines.protocol import Engine
-from whet.errors import EngineError
+from whet.errors import EngineError, RewardError
 from whet.rollout.filters import Filter
 from whet.rollout.group import Group, GroupPlayer
 from whet.rollout.journal import RolloutJournal, number_of
@@ -60,7 +60,7 @@ class Collector:
         """`n` groups: sampling stops as soon as they are there, and what else is in flight is left over.
 
         `rollout.oversampling` prompts are asked for at a time, and again whenever those kept and in flight are fewer
-        than `n`. Raises EngineError when `rollout.max_fetches` do not suffice, and what the engine raises.
+        than `n`. Raises RewardError when `rollout.max_fetches` do not suffice, and what the engine raises.
         """
         self._step, fetches = step, 0
         fetch = max(n, self._config.oversampling or 0)
@@ -239,9 +239,9 @@ class Collector:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _exhausted(self, n: int, asked: int) -> EngineError:
+    def _exhausted(self, n: int, asked: int) -> RewardError:
         told = ", ".join(f"{count} {reason}" for reason, count in self.rejected.most_common())
-        return EngineError(
+        return RewardError(
             f"only {len(self.ready)} of the {n} groups of a step were kept of {asked} prompts; rejected: "
             f"{told or 'none'}. Look at the rewards and at rollout.filter; raise rollout.max_fetches "
             f"({self._config.max_fetches}) if so many rejections are expected"

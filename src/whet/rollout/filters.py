@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from whet.config.base import Config, Plugin
 from whet.config.plugin import options_of, resolve, validated_options
@@ -51,9 +51,16 @@ def build_choices(rollout: RolloutConfig, run: Config | None = None) -> Choices:
     )
 
 
-def nonzero_std(args: Any, samples: Sequence[SlimeSample], **options: Any) -> bool:
-    """Whether a group's rewards differ, so that there is something to learn from. Source: DAPO, arXiv:2503.14476."""
-    return len({sample.reward for sample in samples}) > 1
+class Verdict(NamedTuple):
+    """What a filter says of a group, and why it rejects it."""
+
+    keep: bool
+    reason: str
+
+
+def nonzero_std(args: Any, samples: Sequence[SlimeSample], **options: Any) -> Verdict:
+    """Keeps groups whose rewards differ, so that there is something to learn from. Source: DAPO, arXiv:2503.14476."""
+    return Verdict(len({sample.reward for sample in samples}) > 1, "zero_std")
 
 
 def pop_first(args: Any, rollout_id: int, buffer: list[list[SlimeSample]], num_samples: int) -> list[list[SlimeSample]]:

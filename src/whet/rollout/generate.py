@@ -119,7 +119,8 @@ class GeneratedPlay:
         try:
             async with limit:
                 returned = await self._call(sampler, sampling)
-            self._take(self._read(returned, sampler), decode)
+            if not sampler.was_aborted:
+                self._take(self._read(returned, sampler), decode)
         except EngineError:
             episode.restart()
             raise
@@ -131,6 +132,9 @@ class GeneratedPlay:
         except BaseException:
             episode.restart()
             raise
+        if sampler.was_aborted:  # whatever the function made of what it got, it is not whole
+            episode.restart()
+            episode.status, self.parts = "aborted", []
         return episode
 
     async def close(self) -> None:
@@ -181,6 +185,8 @@ class Sampler:
         self._num_calls = 0
         self.oldest_version = 0
         """The oldest policy that has sampled so far."""
+        self.was_aborted = False
+        """Whether a completion was cut off by the engine."""
 
     async def generate(self, tokens: Sequence[int], sampling: Sampling, *, prefix_key: str | None = None) -> Completion:
         """One completion; see `Engine.generate`. `sampling.seed` need not differ from call to call."""
@@ -196,6 +202,7 @@ class Sampler:
                 f"{self._prefix_key}, at most {sampling.max_tokens} more) within {self._timeout_s:g} s; raise "
                 f"engine.timeout_s, or ask for less"
             ) from error
+        self.was_aborted |= completion.finish_reason == "abort"
         versions = [span.version for span in completion.versions]
         self.oldest_version = min(versions + [self.oldest_version] * bool(number), default=0)
         return completion
