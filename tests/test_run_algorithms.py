@@ -322,3 +322,8 @@ def test_what_does_not_go_together_is_refused_before_anything_is_read(name: str,
     with pytest.raises(ConfigError) as error:
         config(method, **settings)
     assert says in str(error.value)
+
+
+def test_two_rules_that_begin_from_rewards_are_refused(config):
+    with pytest.raises(ConfigError, match="'rloo' begins from the rewards and would leave nothing of what 'grpo' made"):
+        compose(config("grpo", credit=[{"use": "grpo"}, {"use": "rloo"}]))

@@ -219,7 +219,12 @@ def check(method: Method) -> None:
     Raises ConfigError naming the stage, the column and what could write it.
     """
     have = method.provides.union(*(stage.writes for stage in method.annotate))
-    for stage in method.credit:
+    for before, stage in zip((None, *method.credit), method.credit, strict=False):
+        if before is not None and "rewards" in stage.rule.reads:
+            raise ConfigError(
+                f"credit: {stage.name!r} begins from the rewards and would leave nothing of what {before.name!r} made "
+                "of them; give one of the two, or, after the first, one that adds to it, such as opd"
+            )
         _need(f"credit {stage.name!r}", stage.rule.reads, have, method)
         have |= stage.rule.writes
     for term in method.terms:

@@ -361,3 +361,19 @@ async def test_an_episode_of_an_earlier_process_goes_on_if_its_environment_begin
     begin = [*b"Q:", *greeting.encode(), *([97] if goes_on else [])]
     assert episode.tokens == [*begin, ord("x"), tokenizer.eos_token_id]
     assert [span.start for span in episode.versions] == ([4, 5] if goes_on else [4])
+
+
+async def test_what_an_environment_says_beyond_the_words_of_the_model_costs_its_episode(
+    scripted, make_prompt, tokenizer
+):
+    engine = scripted(lambda *_: "x")
+
+    def validate(tokens, sampling):
+        if max(tokens) > 300:
+            raise EngineError("the prompt holds token 999")
+
+    engine.validate = validate
+    env = Dialogue(tokenizer, "<tool>")
+    env.turns = [[999]]
+    episode = await play(engine, env, make_prompt("Q:"), tokenizer, max_tokens=30)
+    assert episode.status == "failed" and "after environment Dialogue" in (episode.error or "")

@@ -89,6 +89,7 @@ class Play:
             await self._reset(timeout_s)
         while (left := self._room(engine, sampling)) > 0:
             asked = replace(sampling, max_tokens=left, seed=self._seed(seed))
+            self._require_servable(engine, asked)
             completion = await _complete(episode, engine, asked, timeout_s)
             episode.extend(completion)
             if completion.finish_reason != "stop":
@@ -109,6 +110,15 @@ class Play:
         """Tokens that may still be sampled; what environments say counts towards the positions of the model."""
         left, longest = sampling.max_tokens - self.episode.num_sampled, getattr(engine, "max_length", None)
         return left if longest is None else min(left, longest - len(self.episode.tokens))
+
+    def _require_servable(self, engine: Engine, sampling: Sampling) -> None:
+        """What an environment said may be nothing that a model can read, such as ids beyond its words."""
+        if len(self.episode.tokens) == len(self.episode.prompt.tokens):
+            return
+        try:
+            getattr(engine, "validate", lambda *_: None)(tuple(self.episode.tokens), sampling)
+        except EngineError as error:
+            raise EnvFailure(f"after environment {type(self.env).__name__} the engine cannot go on: {error}") from error
 
     async def _reset(self, timeout_s: float) -> None:
         """Begin; go on with what an earlier process sampled in the first turn, and with nothing of later ones."""

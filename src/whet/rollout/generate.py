@@ -167,7 +167,10 @@ class GeneratedPlay:
             raise Unusable("one episode twice in a list; each part of a rollout is an Episode of its own")
         if len(found) > 1 and any(one.status == "aborted" for one in found):
             found = [next(one for one in found if one.status == "aborted")]  # all of it begins anew
+        words = len(self._tokenizer)
         for one in found:
+            if strange := [token for token in one.tokens if not 0 <= token < words]:
+                raise Unusable(f"an episode with token {strange[0]}, and the tokenizer has {words}")
             one.response = one.response or decode(one.tokens[len(one.prompt.tokens) :])
         index, group = self.episode.index, self.episode.group
         for field in dataclasses.fields(Episode):

@@ -119,6 +119,10 @@ class RolloutSource:
             await self._update_engine()
             self._ahead = asyncio.create_task(collector.collect(n, step + 1))
         removed = self._choices.remove(groups)
+        if len(removed) == len(self.rollout.episodes):
+            logger.warning(
+                "rollout.sample_filter removed all %d samples of step %d: it trains nothing", len(removed), step
+            )
         units = [unit for group in groups if (unit := self._unit(group, removed)) is not None]
         if not units:
             raise EngineError(
