@@ -179,3 +179,8 @@ def test_a_process_of_its_own_trains_and_fails_as_it_should(tmp_path: Path, flag
     assert failed.returncode == 2
     assert "optim.lrr is not a setting" in failed.stderr and "Traceback" not in failed.stderr
     assert failed.stdout == ""
+
+
+def test_the_package_runs_as_the_command_does():
+    told = subprocess.run([sys.executable, "-m", "whet", "--help"], capture_output=True, text=True, timeout=60)
+    assert told.returncode == 0 and "grpo" in told.stdout
