@@ -13,6 +13,7 @@ import pytest
 from runs import config_of, metrics, same_bits, saved_weights, sums, train, without_clock, write_rows
 from whet.compose import compose
 from whet.errors import CheckpointError, ConfigError, DataError
+from whet.models.tiny import make_tiny
 from whet.rollout.dump import read_lines
 from whet.types import Episode
 
@@ -222,3 +223,10 @@ def test_text_of_any_kind_comes_back_from_a_line(config, tmp_path: Path, tiny_qw
     lines = read_lines(tmp_path / "out" / "rollouts" / "step-1.jsonl")
     assert {line["content"] for line in lines} == {odd}
     assert lines[0]["label"] == {"a": [1, None]}
+
+
+def test_ids_of_another_tokenizer_are_refused(config, tmp_path: Path):
+    train(config(log__rollouts="jsonl", train__steps=1))
+    other = make_tiny(tmp_path / "bpe", tokenizer="bpe", corpus=["1+1=2, 3+4=7 and so on"] * 20)
+    with pytest.raises(DataError, match="whose run had another tokenizer"):
+        compose(config("again", debug__train_only=str(tmp_path / "out"), model__path=str(other)))

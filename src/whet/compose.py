@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,6 +16,7 @@ from whet.checkpoints.folder import RUN_FILE, claimed
 from whet.checkpoints.save import publish
 from whet.config.loader import dump
 from whet.config.run import RunConfig
+from whet.data.encode import digest_vocabulary
 from whet.engines.protocol import Engine
 from whet.errors import CheckpointError, ConfigError
 from whet.feeds.parts import without_training_data
@@ -107,7 +110,8 @@ def compose(config: RunConfig, method: Method | None = None) -> Run:
     connected = feed.connect(policy)
     source = connected.source
     if config.log.rollouts or not trains:
-        source = _dumped(source, config, keeper.root / FOLDER, num_prompts=len(feed))
+        about = {"method": config.method, "num_prompts": len(feed), "vocabulary": digest_vocabulary(tokenizer)}
+        source = _dumped(source, config, keeper.root / FOLDER, about)
     if trains:
         beside = {"evaluate": connected.evaluate, "saver": keeper, "mix": connected.mix}
         loop = Loop(config, method, source, policy.backends, schedule, **beside)
@@ -147,8 +151,7 @@ async def evaluate(config: RunConfig) -> tuple[dict[str, float], tuple[Episode, 
     return metrics, getattr(feed, "transcripts", ())
 
 
-def _dumped(source: Source, config: RunConfig, folder: Path, *, num_prompts: int) -> Source:
+def _dumped(source: Source, config: RunConfig, folder: Path, about: Mapping[str, Any]) -> Source:
     """The source, with every step that it gives out written to a folder."""
-    about = {"method": config.method, "num_prompts": num_prompts}
     kind = "parquet" if config.log.rollouts == "parquet" else "jsonl"
     return DumpedSource(source, Dump(folder, about, format=kind, keep=config.log.keep_rollouts))

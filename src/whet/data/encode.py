@@ -128,6 +128,12 @@ class Encoder:
         return self.tokenizer.eos_token_id
 
 
+def digest_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what every token id stands for."""
+    words = sorted(tokenizer.get_vocab().items(), key=lambda word: word[1])
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+
+
 def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of everything that decides how a tokenizer and its chat template write a text."""
     if tokenizer.is_fast:

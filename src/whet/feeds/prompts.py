@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from whet.annotate import Running
 from whet.config.algorithm_rules import credits_of
 from whet.config.run import RunConfig
+from whet.data.encode import digest_vocabulary
 from whet.data.prepare import prepare
 from whet.data.prepared import Prepared
 from whet.data.prompts import prepare_prompts
@@ -59,6 +60,7 @@ class PromptFeed:
             if config.debug.train_only is not None:
                 with errors.going_on():
                     self.replay = Replay(Path(config.debug.train_only).expanduser())
+                    self.replay.require_vocabulary(digest_vocabulary(tokenizer))
                     if "remax" in credits_of(config):
                         self.replay.require("baseline_rewards", "credit 'remax'")
                 config = self.config = without_training_data(config)

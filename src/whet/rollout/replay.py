@@ -58,6 +58,14 @@ class Replay:
                 "replay a run of the same method"
             )
 
+    def require_vocabulary(self, digest: str) -> None:
+        """Raise DataError where the ids of the dump stand for other words."""
+        if self.about.get("vocabulary", digest) != digest:
+            raise DataError(
+                f"debug.train_only is {str(self.folder)!r}, whose run had another tokenizer than model.path: "
+                "its token ids would mean something else; give a model with the tokenizer of that run"
+            )
+
     async def take(self, n: int) -> list[Unit]:
         """The units of the next step, however many it had. Raises DataError after the last step."""
         if self._step >= len(self):
