@@ -367,11 +367,11 @@ async def test_a_failure_in_a_step_reaches_everyone_and_the_next_request_is_serv
     engine = engine_for(model, max_concurrent=2)
     decode, calls = engine._forward.decode, []
 
-    def broken(tokens, positions):
+    def broken(*arguments):
         calls.append(1)
         if len(calls) == 3:
             raise RuntimeError("out of memory, say")
-        return decode(tokens, positions)
+        return decode(*arguments)
 
     engine._forward.decode = broken
     tasks = [engine.generate(p, Sampling(max_tokens=9)) for p in prompts(4)]

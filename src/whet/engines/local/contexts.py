@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from whet.engines.local.cache import SlotCache
 from whet.engines.local.pages import PagedCache
+from whet.engines.local.shared import SharedPrompts, Sharers
 from whet.errors import EngineError
 from whet.tensor.segments import Segments
 
@@ -99,11 +100,17 @@ class Extend:
 class Decode:
     """One new token for each of the first B slots, attending to what its slot holds up to its own position.
 
-    `positions` [B] are those of the new tokens. The slots must be reserved up to them.
+    `positions` [B] are those of the new tokens. The slots must be reserved up to them. `sharers` are rows with the same
+    prompt, which the CPU reads once for all of them.
     """
 
-    def __init__(self, cache: SlotCache, positions: np.ndarray, device: torch.device):
+    shared: SharedPrompts | None = None
+    """None where every row reads its own prompt."""
+
+    def __init__(self, cache: SlotCache, positions: np.ndarray, device: torch.device, sharers: Sequence[Sharers] = ()):
         self.cache = cache
+        if sharers and device.type == "cpu":
+            self.shared = SharedPrompts(sharers, positions + 1)
         self.lengths = positions + 1
         self.length = int(self.lengths.max())
         self.positions = torch.from_numpy(positions).to(device)
@@ -129,6 +136,10 @@ class Decode:
         # Heads that share a key become queries of one head: no key is repeated in memory.
         query = query.to(keys.dtype).reshape(batch, keys.shape[1], -1, query.shape[-1])
         mask = self._mask(sliding_window, keys.dtype)
+        plain = sliding_window is None and options.get("softcap") is None and options.get("s_aux") is None
+        if self.shared and plain and keys.shape[-1] == values.shape[-1]:
+            out = self.shared.attend(query, keys, values, mask, scaling)
+            return out.reshape(batch, 1, heads, -1)
         outs = []
         for a, b, length in self._blocks_for(keys):
             k, v, m = keys[a:b, :, :length], values[a:b, :, :length], mask[a:b, ..., :length]

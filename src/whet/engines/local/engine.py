@@ -298,7 +298,7 @@ class LocalEngine:
             if rows := len(self._rows):
                 positions = self._rows.position[:rows]
                 self._forward.cache.reserve(rows, int(positions.max()) + 1)
-                hidden = self._forward.decode(self._rows.token[:rows], positions)
+                hidden = self._forward.decode(self._rows.token[:rows], positions, self._prompts.sharers())
                 self._advance(np.arange(rows), self._forward.logits(hidden))
         self._stats.steps += 1
         self._stats.seconds += time.perf_counter() - start

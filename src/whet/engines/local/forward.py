@@ -15,6 +15,7 @@ from whet.engines.local.graphs import DecodeGraphs
 from whet.engines.local.packed import Packed
 from whet.engines.local.paged import PagedDecode, PagedExtend, PagedPrefill
 from whet.engines.local.pages import PagedCache, Paging
+from whet.engines.local.shared import Sharers
 from whet.models import parts
 from whet.tensor.attention import AttentionContext, attention
 from whet.tensor.segments import Segments
@@ -125,8 +126,11 @@ class Forward:
         hidden = self._decoder(tokens[None], positions[None], context)
         return hidden[0, self._tensor(np.cumsum(lengths) - 1)]
 
-    def decode(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
-        """One token [B] at its position [B] for each of the first B slots -> hidden states [B, H]."""
+    def decode(self, tokens: np.ndarray, positions: np.ndarray, sharers: Sequence[Sharers] = ()) -> Tensor:
+        """One token [B] at its position [B] for each of the first B slots -> hidden states [B, H].
+
+        `sharers` are rows whose slots hold the same prompt.
+        """
         self.cache.ready(np.arange(len(tokens)), positions, positions + 1)
         if self.graphs is not None and (hidden := self.graphs.decode(tokens, positions)) is not None:
             return hidden
@@ -135,7 +139,7 @@ class Forward:
             tables = self._tensor(self.cache.tables(np.arange(len(tokens)), longest))
             context = PagedDecode(self.cache, tables, self._tensor(positions), longest)
         else:
-            context = Decode(self.cache, positions, self.device)
+            context = Decode(self.cache, positions, self.device, sharers)
         return self._decoder(tokens[:, None], positions[:, None], context)[:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:

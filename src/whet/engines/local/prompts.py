@@ -12,6 +12,7 @@ from torch import Tensor
 from whet.engines.local.forward import Forward
 from whet.engines.local.kept import MIN_REUSED, Kept, KeptPrefixes, num_shared
 from whet.engines.local.request import Request
+from whet.engines.local.shared import Sharers
 
 Tokens = tuple[int, ...]
 
@@ -75,6 +76,12 @@ class Prompts:
         computed = self._compute_whole([p for p in new.values() if p.source is None])
         computed += self._compute_rest([p for p in new.values() if p.source is not None])
         return computed, wanted - computed
+
+    def sharers(self) -> list[Sharers]:
+        """The rows of each prompt in flight."""
+        rows = ([one.row for one in prompt.holders if one.row >= 0] for prompt in self._held.values())
+        listed = zip(self._held, rows, strict=True)
+        return [Sharers(np.sort(np.array(held)), len(tokens)) for tokens, held in listed if len(held) > 1]
 
     def leave(self, request: Request, num_held: int) -> Prompt | None:
         """A request gives up its row, which holds its first `num_held` tokens, by weights that have not changed since.
