@@ -131,7 +131,7 @@ class Simulation:
 
     def _collect(self, n: int, until: float | None) -> list[Group]:
         """`n` groups; the rest is aborted and begun anew later. The clock goes on to `until` if that is later."""
-        fetch = max(n, self.config.fetch)
+        fetch = max(n, self.config.oversampling or 0)
         while len(self.ready) < n:
             if len(self.ready) + len(self.engine) < n:
                 self.engine.submit(list(self._next(fetch)), self.now, self.engine_version)

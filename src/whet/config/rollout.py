@@ -70,11 +70,6 @@ class RolloutConfig(Config):
     """A function of your own that plays an episode, in place of environment and engine."""
 
     @property
-    def completions_per_step(self) -> int:
-        """Completions that a step trains on."""
-        return self.prompts_per_step * self.group_size
-
-    @property
     def updates_per_step(self) -> int:
         """Optimizer steps of one step of the loop."""
         return self.optimizer_steps * self.num_ppo_epochs
@@ -90,11 +85,6 @@ class RolloutConfig(Config):
     def trains_older(self) -> bool:
         """Whether what is trained on may have been sampled by an older policy."""
         return self.mode != "sync" or self.partial
-
-    @property
-    def fetch(self) -> int:
-        """Prompts that are sampled at a time."""
-        return self.oversampling or self.prompts_per_step
 
 
 class EngineConfig(Config):

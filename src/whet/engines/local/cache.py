@@ -16,7 +16,23 @@ Layers = dict[int, tuple[Tensor, Tensor]]
 """By layer the keys and values of one sequence, [Hkv, length, D] each."""
 
 
-class SlotCache:
+class Held:
+    """The tensors of a cache, by layer keys and values."""
+
+    _layers: dict[int, tuple[Tensor, Tensor]]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Keys and values of all layers; none before anything was written."""
+        return [tensor for layer in self._layers.values() for tensor in layer]
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where they lie: growing moves them."""
+        return tuple(tensor.data_ptr() for tensor in self.tensors)
+
+
+class SlotCache(Held):
     """Per layer keys [rows, Hkv, length, D] and values of the same shape (D may differ).
 
     The layers are separate tensors: one stacked tensor was measured 14 times slower. They are made at the
@@ -87,16 +103,6 @@ class SlotCache:
         for index, held in layers.items():
             for target, source in zip(self.layer(index, *(x[None] for x in held)), held, strict=True):
                 target[slot, :, :length] = source[:, :length]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Keys and values of all layers; none before anything was written."""
-        return [tensor for layer in self._layers.values() for tensor in layer]
-
-    @property
-    def addresses(self) -> tuple[int, ...]:
-        """Where they lie: growing moves them."""
-        return tuple(tensor.data_ptr() for tensor in self.tensors)
 
     def num_bytes(self, length: int) -> int:
         """Memory of `length` positions of one slot in all layers; 0 before anything was written."""

@@ -101,7 +101,7 @@ class Decode:
     """One new token for each of the first B slots, attending to what its slot holds up to its own position.
 
     `positions` [B] are those of the new tokens. The slots must be reserved up to them. `sharers` are rows with the same
-    prompt, which the CPU reads once for all of them.
+    prompt, which is read once for all of them (on the CPU alone).
     """
 
     shared: SharedPrompts | None = None
@@ -109,7 +109,7 @@ class Decode:
 
     def __init__(self, cache: SlotCache, positions: np.ndarray, device: torch.device, sharers: Sequence[Sharers] = ()):
         self.cache = cache
-        if sharers and device.type == "cpu":
+        if sharers:
             self.shared = SharedPrompts(sharers, positions + 1)
         self.lengths = positions + 1
         self.length = int(self.lengths.max())

@@ -298,7 +298,8 @@ class LocalEngine:
             if rows := len(self._rows):
                 positions = self._rows.position[:rows]
                 self._forward.cache.reserve(rows, int(positions.max()) + 1)
-                hidden = self._forward.decode(self._rows.token[:rows], positions, self._prompts.sharers())
+                sharers = self._prompts.sharers() if self._forward.reads_once else ()
+                hidden = self._forward.decode(self._rows.token[:rows], positions, sharers)
                 self._advance(np.arange(rows), self._forward.logits(hidden))
         self._stats.steps += 1
         self._stats.seconds += time.perf_counter() - start

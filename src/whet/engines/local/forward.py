@@ -53,6 +53,11 @@ class Forward:
     def device(self) -> torch.device:
         return self.head.weight.device
 
+    @property
+    def reads_once(self) -> bool:
+        """Whether decoding has a use for knowing which rows share a prompt: the CPU's kernel over slots alone."""
+        return self.device.type == "cpu" and isinstance(self.cache, SlotCache)
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """No gradients, no dropout; every module goes back to the mode it was in."""

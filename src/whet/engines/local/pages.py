@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whet.engines.local.cache import Layers
+from whet.engines.local.cache import Held, Layers
 
 PAGE = 256
 """Positions of a page: what flash attention's kernel wants of a paged cache."""
@@ -31,7 +31,7 @@ class Paging:
 PAGING = Paging()
 
 
-class PagedCache:
+class PagedCache(Held):
     """Per layer a pool of pages, keys [pages, page, Hkv, D] and values of the same shape (D may differ).
 
     It serves as `SlotCache` does, but memory follows what is written: a row takes a page when it grows into it and
@@ -161,16 +161,6 @@ class PagedCache:
         count = -(-length // self.page)
         self._widen(count)
         return np.ascontiguousarray(self.table[np.asarray(slots), :count])
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Keys and values of all layers; none before anything was written."""
-        return [tensor for layer in self._layers.values() for tensor in layer]
-
-    @property
-    def addresses(self) -> tuple[int, ...]:
-        """Where they lie: growing moves them."""
-        return tuple(tensor.data_ptr() for tensor in self.tensors)
 
     def num_bytes(self, length: int) -> int:
         """Memory of `length` positions of one slot in all layers; 0 before anything was written."""
