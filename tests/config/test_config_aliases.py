@@ -216,7 +216,6 @@ SLIME: Mapping[str, tuple[Any, Any]] = {
     "load": ("m_slime", REFUSED),
     "save": ("o", {"output_dir": "o"}),
     "save-interval": (20, {"checkpoint.every_steps": 20}),
-    "sglang-mem-fraction-static": (0.7, REFUSED),
     "optimizer": ("adam", NO_EFFECT),
     "lr": ("1e-6", {"optim.lr": 1e-6}),
     "lr-decay-style": ("constant", {"optim.schedule": "constant"}),

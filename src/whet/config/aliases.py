@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from whet.config import conversions as read
 from whet.config.conversions import Alias, converted, idle, refused, renamed
 from whet.config.llamafactory_names import FACTORY_NAMES
+from whet.config.passthrough import passed_through
 from whet.config.slime_names import SLIME_FAMILIES, SLIME_NAMES
 from whet.config.trl_names import TRL_NAMES
 
@@ -272,7 +273,8 @@ def alias_of(path: tuple[str | int, ...]) -> Alias | None:
     At the top all are known; inside a section, those whose settings all lie in it, and those that have none.
     """
     *section, name = map(str, path)
-    alias = ALIASES.get(name) or next((family for prefix, family in PREFIXES.items() if name.startswith(prefix)), None)
+    alias = ALIASES.get(name) or passed_through(path)
+    alias = alias or next((family for prefix, family in PREFIXES.items() if name.startswith(prefix)), None)
     if alias is None or not section:
         return alias
     inside = ".".join(section) + "."

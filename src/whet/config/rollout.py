@@ -87,35 +87,6 @@ class RolloutConfig(Config):
         return self.mode != "sync" or self.partial
 
 
-class EngineConfig(Config):
-    """What samples the completions."""
-
-    use: str = "local"
-    """`local` (in this process, with the trainer's own weights), or `package.module:Class` of your own."""
-    max_concurrent: int = Field(default=64, ge=1)
-    """Most completions decoded at a time."""
-    timeout_s: float = Field(default=600.0, gt=0)
-    """Most seconds that one completion may take before the run stops and says so."""
-    prefix_cache_mb: float | None = Field(default=None, ge=0)
-    """MiB of keys and values kept of completions that have ended, so that a next turn computes only what is new;
-    they go when the weights change. 256 where there is an environment when not given, else 0."""
-
-    packed_weights: bool = True
-    """On a CPU: while sampling, hold a second copy of the linear layers in the order in which the matrix kernels read
-    them. Sampling is up to a half faster; turn it off where memory is short."""
-
-    cache: Literal["auto", "slots", "paged"] = "auto"
-    """Where keys and values lie: `slots` of one length for all rows, which is faster on a CPU; `paged`, in pages that
-    follow what is written and that the members of a group share; `auto` takes pages on a GPU where PyTorch's kernel
-    serves the model from them, else slots."""
-
-    def kept_mb(self, *, has_env: bool) -> float:
-        """MiB kept of completions that have ended."""
-        if self.prefix_cache_mb is not None:
-            return self.prefix_cache_mb
-        return 256.0 if has_env else 0.0
-
-
 class RewardConfig(Plugin):
     """One reward function and its weight in the sum."""
 

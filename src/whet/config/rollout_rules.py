@@ -7,7 +7,7 @@ from typing import Any
 
 from whet.config.names import show
 from whet.config.problems import Problem
-from whet.config.rollout import EngineConfig, RolloutConfig
+from whet.config.rollout import RolloutConfig
 
 TRAINING_ALONE = (
     *("num_ppo_epochs", "mode", "max_staleness", "stale", "oversampling", "filter", "max_fetches", "partial"),
@@ -32,17 +32,6 @@ def idle_problems(rollout: RolloutConfig, method: str) -> Iterator[Problem]:
     for name in TRAINING_ALONE:
         if _is_given(rollout, name):
             yield _problem(name, rollout, f"but {method} has no use for it; remove it")
-
-
-def engine_problems(engine: EngineConfig) -> Iterator[Problem]:
-    """Settings of the embedded engine, given to another."""
-    for name in ("prefix_cache_mb", "packed_weights", "cache"):
-        if engine.use != "local" and getattr(engine, name) != EngineConfig.model_fields[name].default:
-            yield Problem(
-                ("engine", name),
-                f"engine.{name} is {show(getattr(engine, name))}, but only the embedded engine has it (engine.use is "
-                f"{engine.use!r}); remove it",
-            )
 
 
 def _schedule(rollout: RolloutConfig) -> Iterator[Problem]:

@@ -11,10 +11,11 @@ from whet.config.evaluation import EvalConfig
 from whet.config.evaluation_rules import OF_PROMPTS, evaluation_problems
 from whet.config.model import QuantizationConfig
 from whet.config.names import did_you_mean, show
+from whet.config.parallel_rules import parallel_problems
 from whet.config.problems import Problem
 from whet.config.roles import ReferenceConfig
 from whet.config.rollout import RolloutConfig
-from whet.config.rollout_rules import engine_problems, idle_problems, rollout_problems
+from whet.config.rollout_rules import idle_problems, rollout_problems
 from whet.config.run import RunConfig
 from whet.config.sample_rules import sampling_problems
 from whet.config.train import TrainConfig
@@ -249,10 +250,6 @@ def _groups(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def _engine(config: RunConfig) -> Iterator[Problem]:
-    yield from engine_problems(config.engine)
-
-
 def _loss(config: RunConfig) -> Iterator[Problem]:
     if config.loss and config.terms:
         yield _problem(
@@ -360,7 +357,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _distillation,
     _reference,
     _groups,
-    _engine,
+    parallel_problems,
     _loss,
     _precision,
     _quantised,

@@ -14,12 +14,14 @@ from whet.config.algorithm import (
 )
 from whet.config.backend import BackendConfig
 from whet.config.base import Config, Plugin
+from whet.config.cluster import ClusterConfig
 from whet.config.data import DataConfig
+from whet.config.engine import EngineConfig
 from whet.config.evaluation import EvalConfig
 from whet.config.model import ModelConfig
 from whet.config.optim import OptimConfig
 from whet.config.roles import DistillConfig, ReferenceConfig
-from whet.config.rollout import EngineConfig, RewardConfig, RolloutConfig
+from whet.config.rollout import RewardConfig, RolloutConfig
 from whet.config.sample import SampleConfig
 from whet.config.train import CheckpointConfig, DebugConfig, LogConfig, TrainConfig
 
@@ -56,6 +58,7 @@ class RunConfig(Config):
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     backend: BackendConfig = BackendConfig()
+    cluster: ClusterConfig = ClusterConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

@@ -18,7 +18,6 @@ _RECOMPUTE = "use backend.activation_checkpointing: true"
 _ARCHITECTURE = "the architecture is read from the model's own config.json"
 _KERNELS = "attention, norms and sums are computed in float32 where it matters; there is nothing to choose"
 _ELSEWHERE = "it concerns processes or memory that a run on one device does not have"
-_PASSED_THROUGH = "engines beside the embedded one are not in this version; sampling is set under rollout and engine"
 
 
 def _grouped(value: object) -> Converted:
@@ -185,9 +184,6 @@ SLIME_NAMES = [
 ]
 
 SLIME_FAMILIES = [
-    refused(_SLIME, "sglang_", _PASSED_THROUGH, off=()),
-    refused(_SLIME, "vllm_", _PASSED_THROUGH, off=()),
-    refused(_SLIME, "megatron_", f"{_NO_PARALLEL}, and Megatron is not used", off=()),
     idle(_SLIME, "moe_", _ARCHITECTURE, only=None),
     refused(_SLIME, "wandb_", "this version writes TensorBoard files and metrics.jsonl (always); leave it out", off=()),
     refused(_SLIME, "use_wandb", "this version writes TensorBoard files and metrics.jsonl (always); leave it out"),

@@ -1,0 +1,133 @@
+"""Rules between the settings of backends, processes and engines: what does not go together, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from whet.config.backend import BackendConfig
+from whet.config.base import Config
+from whet.config.cluster import ClusterConfig
+from whet.config.engine import EngineConfig, PublishConfig
+from whet.config.names import show
+from whet.config.problems import Problem
+from whet.config.run import RunConfig
+
+BACKENDS = ("local", "fsdp", "deepspeed", "megatron")
+"""Backends that can be chosen by name; rules that name them say nothing of one of a user's own."""
+SERVERS = ("vllm", "sglang")
+"""Engines that are servers."""
+OF_BACKENDS: Mapping[str, tuple[str, ...]] = {
+    "tensor_parallel": ("fsdp", "megatron"),
+    "context_parallel": ("fsdp", "megatron"),
+    "pipeline_parallel": ("megatron",),
+    "expert_parallel": ("fsdp", "megatron"),
+    "sequence_parallel": ("megatron",),
+    "reshard_after_forward": ("fsdp",),
+    "offload": ("fsdp", "deepspeed"),
+    "zero_stage": ("deepspeed",),
+    "options": ("deepspeed", "megatron"),
+}
+"""Settings of a backend, and the backends that have them."""
+OF_SERVERS = (
+    *("address", "num_engines", "tensor_parallel", "python", "options", "router", "start_timeout_s"),
+    *("health_interval_s", "max_restarts", "sleep", "publish"),
+)
+"""Settings of an engine that only servers have."""
+OF_EMBEDDED = ("prefix_cache_mb", "packed_weights", "cache")
+"""Settings of an engine that only the embedded one has."""
+
+
+def parallel_problems(config: RunConfig) -> Iterator[Problem]:
+    """Everything in backend, cluster and engine that does not go together."""
+    yield from _backend(config.backend)
+    yield from _processes(config.backend, config.cluster)
+    yield from _cluster(config.cluster)
+    yield from _engine(config.engine, config.cluster)
+
+
+def _backend(backend: BackendConfig) -> Iterator[Problem]:
+    for name, owners in OF_BACKENDS.items():
+        if backend.use in BACKENDS and backend.use not in owners and _is_given(backend, name):
+            yield _problem(
+                "backend",
+                name,
+                backend,
+                f"but the backend {backend.use} does not have it; remove it, or set backend.use to "
+                f"{' or '.join(owners)}",
+            )
+
+
+def _processes(backend: BackendConfig, cluster: ClusterConfig) -> Iterator[Problem]:
+    size, parallel = cluster.size, backend.model_parallel
+    if backend.use == "local" and size > 1:
+        name = "num_processes" if cluster.num_processes else "devices_per_node"
+        yield Problem(
+            ("cluster", name),
+            f"{size} processes train (cluster), but the backend local is one process; set backend.use to fsdp (or "
+            "deepspeed, megatron)",
+        )
+    if size % parallel:
+        yield Problem(
+            ("cluster", "num_processes"),
+            f"{size} processes train (cluster), but each copy of the model takes backend.tensor_parallel x "
+            f"context_parallel x pipeline_parallel = {backend.tensor_parallel} x {backend.context_parallel} x "
+            f"{backend.pipeline_parallel} = {parallel}; set cluster.num_processes to a multiple of {parallel}",
+        )
+    elif (size // parallel) * backend.context_parallel % backend.expert_parallel:
+        yield _problem(
+            "backend",
+            "expert_parallel",
+            backend,
+            f"but experts are divided over the {size // parallel * backend.context_parallel} processes that see other "
+            "tokens; choose a divisor of it",
+        )
+
+
+def _cluster(cluster: ClusterConfig) -> Iterator[Problem]:
+    spread = cluster.num_nodes * cluster.devices_per_node
+    is_spread = _is_given(cluster, "num_nodes") or _is_given(cluster, "devices_per_node")
+    if cluster.num_processes is not None and is_spread and cluster.num_processes != spread:
+        yield _problem(
+            "cluster",
+            "num_processes",
+            cluster,
+            f"but num_nodes x devices_per_node = {cluster.num_nodes} x {cluster.devices_per_node} = {spread}; keep one",
+        )
+    if cluster.num_nodes > 1 and cluster.address is None:
+        yield _problem(
+            "cluster",
+            "num_nodes",
+            cluster,
+            "but without cluster.address everything runs on this machine; set cluster.address to a Ray cluster (auto), "
+            "or start the same command on every node with torchrun",
+        )
+
+
+def _engine(engine: EngineConfig, cluster: ClusterConfig) -> Iterator[Problem]:
+    for name in OF_EMBEDDED if engine.use != "local" else ():
+        if _is_given(engine, name):
+            text = f"but only the embedded engine has it (engine.use is {engine.use!r}); remove it"
+            yield _problem("engine", name, engine, text)
+    for name in OF_SERVERS if engine.use == "local" else ():
+        if _is_given(engine, name):
+            text = "but the embedded engine (engine.use local) has no such thing; set engine.use to vllm or sglang"
+            yield _problem("engine", name, engine, text)
+    if engine.address is not None:
+        for name in ("num_engines", "tensor_parallel", "python", "options", "start_timeout_s", "max_restarts"):
+            if _is_given(engine, name):
+                text = "but the servers of engine.address run already, and are not started by this run; remove one"
+                yield _problem("engine", name, engine, text)
+    if cluster.colocate and engine.use == "local":
+        text = "but the embedded engine always shares the trainer's device; remove it, or set engine.use to vllm"
+        yield _problem("cluster", "colocate", cluster, text)
+
+
+def _is_given(section: Config, name: str) -> bool:
+    return getattr(section, name) != type(section).model_fields[name].get_default(call_default_factory=True)
+
+
+def _problem(where: str, name: str, section: Config, text: str) -> Problem:
+    value: Any = getattr(section, name)
+    value = value.model_dump(exclude_defaults=True) if isinstance(value, PublishConfig) else value
+    return Problem((where, name), f"{where}.{name} is {show(value)}, {text}")
