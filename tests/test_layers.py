@@ -16,8 +16,8 @@ PACKAGE = ROOT / "src" / "whet"
 # A module or folder of src/whet imports only from those to its left, and from itself.
 ORDER = (
     *("types", "columns", "errors", "database", "tree", "batch", "tensor", "losses", "credit", "config", "migrate"),
-    *("annotate", "shaping", "methods", "tally", "models", "flops", "merge", "engines", "data", "rollout"),
-    *("checkpoints", "backends", "scorer", "rewards", "envs", "weights", "cluster"),
+    *("annotate", "shaping", "methods", "tally", "models", "flops", "merge", "weights", "engines", "data", "rollout"),
+    *("checkpoints", "backends", "scorer", "rewards", "envs", "cluster"),
     *("view", "log", "schedule", "sanity", "recipe", "mix", "speed", "loop", "rollouts_only", "evaluate", "roles"),
     *("precompute", "provenance", "feeds", "keeper"),
     *("check", "compose", "answer"),

@@ -36,8 +36,9 @@ class Engine(Protocol):
     async def update_weights(self, snapshot: Any) -> None:
         """Sample with these weights from the next token on; they are in use when the call returns.
 
-        `snapshot` is what the engine's `weights` publisher makes; its version for the embedded engine. Requests
-        in flight go on, and their completions tell by `versions` which policy sampled which tokens.
+        `snapshot` is a `weights.snapshot.Snapshot`; its version alone serves an engine that reads the trainer's own
+        memory. Requests in flight go on, and their completions tell by `versions` which policy sampled which tokens.
+        Raises EngineError where the engine does not have these weights afterwards.
         """
         ...
 

@@ -26,6 +26,7 @@ from whet.engines.local.stats import Stats
 from whet.engines.local.weights import Following
 from whet.errors import EngineError
 from whet.types import Completion, FinishReason, Sampling
+from whet.weights.snapshot import Snapshot, version_of
 
 
 class LocalEngine:
@@ -126,16 +127,16 @@ class LocalEngine:
         finally:
             self._give_up(request)
 
-    async def update_weights(self, snapshot: int) -> None:
+    async def update_weights(self, snapshot: Snapshot | int) -> None:
         """The weights are the trainer's own and have changed already, or are copied from there now, while nobody
-        writes to them: from here on they are those of version `snapshot`.
+        writes to them: from here on they are those of the snapshot's version, which may be given alone.
 
         Requests in flight go on with the keys and values that earlier versions computed; prompts that
         come from now on are computed anew.
         """
         if self._following is not None:
             self._following.update()
-        self.version = snapshot
+        self.version = version_of(snapshot)
         self._prompts.clear()
         for request in [self._rows.requests[row] for row in self._rows.fresh()]:
             self._free(request.row)  # took over a row whose prompt is now out of date
