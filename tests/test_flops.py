@@ -33,9 +33,11 @@ def test_pairs_are_those_of_causal_attention_in_a_tree():
     assert pairs(build(rows)) == 210 + 610 + 41 + 41 + 21
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "llama", "glm4", "qwen3_moe", "deepseek_v3"])
 def test_the_count_is_that_of_pytorch(tmp_path: Path, family: str):
-    model = AutoModelForCausalLM.from_pretrained(make_tiny(tmp_path, family=family), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        make_tiny(tmp_path, family=family), attn_implementation="eager", experts_implementation="eager"
+    )
     counts, length = ModelFlops(model), 24
     with FlopCounterMode(display=False) as counter:
         model(torch.arange(length)[None]).logits.sum().backward()

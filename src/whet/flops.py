@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from whet.models.parts import decoder
+from whet.models.shape import attending_layers, experts, head_dim, value_dim
 from whet.tree import Tree
 
 PEAKS = {
@@ -63,7 +64,8 @@ class ModelFlops:
         config = model.config.get_text_config()
         weights = list(_weights(decoder(model), config))
         self.per_token = 2.0 * sum(size for size, _ in weights)
-        self.per_pair = 4.0 * _attended(config)
+        heads = getattr(config, "num_attention_heads", 0)
+        self.per_pair = 2.0 * attending_layers(config) * heads * (head_dim(config) + value_dim(config))
         head = model.get_output_embeddings()
         self.per_looked = 0.0 if head is None else 2.0 * head.weight.numel()
         trained = 2.0 * sum(size for size, is_trained in weights if is_trained)
@@ -92,7 +94,8 @@ def pairs(tree: Tree) -> int:
 
 def _weights(model: nn.Module, config: Any) -> Iterator[tuple[float, bool]]:
     """The size of every matrix that a token is multiplied with, and whether it is trained."""
-    share = _expert_share(config)
+    total, chosen = experts(config)
+    share = chosen / total
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) or hasattr(module, "base_layer"):
             continue  # looked up; or an adapter's wrapper, whose parts come by themselves
@@ -106,20 +109,3 @@ def _weights(model: nn.Module, config: Any) -> Iterator[tuple[float, bool]]:
                 yield float(weight.numel()), weight.requires_grad
             elif weight.ndim == 3 and is_expert:  # all experts in one tensor
                 yield weight.numel() * share, weight.requires_grad
-
-
-def _expert_share(config: Any) -> float:
-    """How many of the experts a token goes through."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    total = next((found for name in names if (found := getattr(config, name, None))), None)
-    chosen = getattr(config, "num_experts_per_tok", None)
-    return chosen / total if total and chosen else 1.0
-
-
-def _attended(config: Any) -> int:
-    """Dimensions of all heads of all layers that attend to what is before."""
-    heads = getattr(config, "num_attention_heads", 0)
-    dimension = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
-    kinds = getattr(config, "layer_types", None)
-    layers = config.num_hidden_layers if not kinds else sum("linear" not in k and "attention" in k for k in kinds)
-    return layers * heads * dimension

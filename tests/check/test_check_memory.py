@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import Qwen3Config
+from transformers import DeepseekV3Config, Qwen3Config, Qwen3MoeConfig
 
 from tests.runs import config_of, sums, write_rows
 from whet.check.command import warnings_of_whet
@@ -17,6 +17,7 @@ from whet.check.memory import HEAP_HOLES, held_by
 from whet.check.rehearsal import Live, Micro, Peaks, outline, rehearse
 from whet.check.work import Units, work_of
 from whet.config.model import AdapterConfig, ModelConfig
+from whet.models.tiny import FAMILIES
 from whet.schedule import plan
 
 TINY = Qwen3Config(
@@ -226,3 +227,30 @@ def test_a_critic_of_its_own_is_counted_with_its_optimizer_and_a_shared_one_is_n
 def test_the_folder_of_a_critic_is_looked_at_before_a_model_is_loaded(tmp_path: Path, tiny_qwen: Path):
     errors = found("ppo", tmp_path, tiny_qwen, reward="math", critic__path=str(tmp_path / "none")).errors.errors
     assert any("critic.path is" in str(error) for error in errors)
+
+
+def test_of_experts_as_many_activations_are_held_as_a_token_goes_through():
+    sizes = {**TINY.to_dict(), "num_experts": 8, "moe_intermediate_size": 48, "layer_types": None}
+    one, two = (
+        peaks(config=Qwen3MoeConfig(**sizes, num_experts_per_tok=chosen), micro=Micro(256, 1)).activations
+        for chosen in (1, 2)
+    )
+    # A token that goes through one more expert keeps its state, gate and up (twice: they are cut apart), their
+    # product, what comes out, and that weighted.
+    another = 64 + 96 + 3 * 48 + 2 * 64
+    assert (two - one) / 256 / 4 / 5 == pytest.approx(another, rel=0.3)
+
+
+def test_layers_unlike_the_others_are_counted_as_they_are():
+    """DeepSeek's first layers have no experts: gradients of a depth that is reckoned are those of that depth."""
+    sizes = {
+        **FAMILIES["deepseek_v3"].settings,
+        "first_k_dense_replace": 2,
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+    }
+    shape = DeepseekV3Config(**sizes, num_attention_heads=4, num_hidden_layers=6)
+    held = held_by(outline(PLAIN, shape), PLAIN)
+    found = peaks(Micro(4, 1), config=shape)
+    assert held.trained < found.rest < 1.5 * held.trained

@@ -80,6 +80,17 @@ def test_embedding_may_be_larger_than_the_tokenizer(tmp_path):
     assert model.lm_head.weight.data_ptr() != model.get_input_embeddings().weight.data_ptr()
 
 
+def test_settings_of_a_family_go_before_its_defaults(tmp_path):
+    eight, _ = load(make_tiny(tmp_path / "8", family="qwen3_moe"))
+    four, _ = load(make_tiny(tmp_path / "4", family="qwen3_moe", settings={"num_experts": 4}))
+    assert [model.model.layers[0].mlp.experts.down_proj.shape[0] for model in (eight, four)] == [8, 4]
+    latent, _ = load(make_tiny(tmp_path / "latent", family="deepseek_v3"))
+    dense, mixed = latent.model.layers
+    assert not hasattr(dense.mlp, "experts")
+    assert (mixed.mlp.experts.num_experts, mixed.mlp.shared_experts.intermediate_size) == (8, 48)
+    assert mixed.self_attn.kv_b_proj.weight.shape == (4 * (16 + 16), 16)
+
+
 def test_generation_stops_at_either_end_token(tmp_path):
     model, _ = load(make_tiny(tmp_path))
     assert model.generation_config.eos_token_id == [258, 256]
@@ -95,7 +106,8 @@ def test_template_can_be_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"family": "gpt"}, "qwen3, llama"),
+        ({"family": "gpt"}, "qwen3, llama, glm4, qwen3_moe, deepseek_v3"),
+        ({"family": "qwen3_moe", "settings": {"num_expert": 4}}, "'num_expert', which the configuration of qwen3_moe"),
         ({"tokenizer": "words"}, "'bytes' or 'bpe'"),
         ({"tokenizer": "bpe"}, "corpus is not given"),
         ({"vocab_size": 100}, "260"),

@@ -28,6 +28,7 @@ from whet.engines.local.pages import PAGE
 from whet.methods import Method
 from whet.models import adapters
 from whet.models.parts import base
+from whet.models.shape import cached
 from whet.models.source import adapter_base, load_config
 from whet.roles import critic_of, frozen_models
 
@@ -192,14 +193,12 @@ def _sampling(
 ) -> dict[str, float]:
     """Keys and values of all sequences decoded together, and the logits of their next tokens."""
     text = settings.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     itemsize = (autocast or getattr(torch, config.model.dtype)).itemsize
     length = min(_blocks(work.decoded_length, LENGTH_BLOCK), getattr(text, "max_position_embeddings", 10**9))
     positions = _blocks(work.decoded, ROW_BLOCK) * length
     if config.engine.cache == "paged":  # as if no page were shared, and the one that belongs to nobody
         positions = work.decoded * _blocks(work.decoded_length, PAGE) + PAGE
-    layer = 2 * heads * width * positions * itemsize
+    layer = cached(text) * positions * itemsize
     # A layer exists twice while the cache grows. Logits exist twice when a prompt's are spread over its group.
     return {"cache": (text.num_hidden_layers + 1) * layer, "logits": 2 * work.decoded * text.vocab_size * 4}
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GenerationConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from whet.errors import ModelError
@@ -22,7 +30,47 @@ from whet.errors import ModelError
 END_OF_TEXT, START, END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 SPECIALS = [END_OF_TEXT, START, END, PAD]
 NUM_BYTES = 256
-FAMILIES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+
+
+class Family(NamedTuple):
+    """The classes of a family, and settings that only it has, for the default sizes of `make_tiny`."""
+
+    config: type[PreTrainedConfig]
+    model: type[PreTrainedModel]
+    settings: Mapping[str, Any] = {}
+
+
+FAMILIES = {
+    "qwen3": Family(Qwen3Config, Qwen3ForCausalLM),
+    "llama": Family(LlamaConfig, LlamaForCausalLM),
+    "glm4": Family(Glm4Config, Glm4ForCausalLM),
+    "qwen3_moe": Family(
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},
+    ),
+    "deepseek_v3": Family(
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        {
+            "num_key_value_heads": None,  # as many as heads: keys and values come of one latent vector
+            "head_dim": 8,  # as transformers has it: that of the rotated part alone
+            "q_lora_rank": 32,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 48,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
+}
 
 CHAT_TEMPLATE = """\
 {%- if tools %}
@@ -54,7 +102,7 @@ CHAT_TEMPLATE = """\
 def make_tiny(
     folder: str | Path,
     *,
-    family: Literal["qwen3", "llama"] = "qwen3",
+    family: Literal["qwen3", "llama", "glm4", "qwen3_moe", "deepseek_v3"] = "qwen3",
     tokenizer: Literal["bytes", "bpe"] = "bytes",
     corpus: Iterable[str] | None = None,
     vocab_size: int | None = None,
@@ -67,6 +115,7 @@ def make_tiny(
     max_positions: int = 4096,
     tie_embeddings: bool = True,
     chat_template: bool = True,
+    settings: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Path:
     """Write a complete transformers folder: config, float32 weights drawn from `seed`, tokenizer, template.
@@ -74,29 +123,32 @@ def make_tiny(
     `bytes` has one token per byte, numbered by its value, and four special tokens. `bpe` is trained on
     `corpus` to at most `vocab_size` tokens (1024 when not given). The embedding has `vocab_size` rows,
     which may be more than the tokenizer uses, and the tokenizer's own size when not given.
-    Returns the folder. Raises ModelError for a family, tokenizer or vocabulary that cannot be made.
+    `settings` go to the configuration as they are, before those of FAMILIES: numbers of experts, ranks, ...
+    Returns the folder. Raises ModelError for a family, setting, tokenizer or vocabulary that cannot be made.
     """
     if family not in FAMILIES:
         raise ModelError(f"family is {family!r}, expected one of {', '.join(FAMILIES)}")
     tok = make_tokenizer(tokenizer, corpus=corpus, vocab_size=vocab_size, chat_template=chat_template)
     tok.model_max_length = max_positions
-    config_class, model_class = FAMILIES[family]
+    chosen = FAMILIES[family]
+    if unknown := [name for name in settings or {} if not hasattr(chosen.config(), name)]:
+        raise ModelError(f"settings has {unknown[0]!r}, which the configuration of {family} does not know")
     ids = {"bos_token_id": None, "eos_token_id": tok.eos_token_id, "pad_token_id": tok.pad_token_id}
-    config = config_class(
-        vocab_size=vocab_size or len(tok),
-        hidden_size=hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads,
-        head_dim=head_dim,
-        intermediate_size=intermediate_size,
-        max_position_embeddings=max_positions,
-        tie_word_embeddings=tie_embeddings,
-        **ids,
-    )
+    sizes = {
+        "vocab_size": vocab_size or len(tok),
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": intermediate_size,
+        "max_position_embeddings": max_positions,
+        "tie_word_embeddings": tie_embeddings,
+    }
+    config = chosen.config(**{**ids, **sizes, **chosen.settings, **(settings or {})})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(config)
+        model = chosen.model(config)
     stops = [tok.eos_token_id, tok.convert_tokens_to_ids(END_OF_TEXT)]
     model.generation_config = GenerationConfig(**{**ids, "eos_token_id": stops})
     folder = Path(folder)
