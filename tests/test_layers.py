@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "whet"
 ORDER = (
     *("types", "columns", "errors", "database", "tree", "batch", "tensor", "losses", "credit", "config", "migrate"),
     *("annotate", "shaping", "methods", "tally", "models", "flops", "merge", "weights", "engines", "data", "rollout"),
-    *("checkpoints", "backends", "scorer", "rewards", "envs", "cluster"),
+    *("checkpoints", "ranks", "backends", "scorer", "rewards", "envs", "cluster"),
     *("view", "log", "schedule", "sanity", "recipe", "mix", "speed", "loop", "rollouts_only", "evaluate", "roles"),
     *("precompute", "provenance", "feeds", "keeper"),
     *("check", "compose", "answer"),

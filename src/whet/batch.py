@@ -156,16 +156,19 @@ class Batch:
         return replace(self, **move, columns={k: v.to(device) for k, v in self.columns.items()})
 
 
-def micro_batches(sizes: Sequence[int], max_tokens: int, max_units: int | None = None) -> list[list[int]]:
+def micro_batches(
+    sizes: Sequence[int], max_tokens: int, max_units: int | None = None, *, at_least: int = 0
+) -> list[list[int]]:
     """Which units, of these sizes in physical tokens, go into which micro-batch.
 
     At most `max_tokens` tokens and `max_units` units in each; a unit longer than that stands alone, and comes
-    first. Of the others as few as the greedy rule finds, evenly filled.
+    first. Of the others as few as the greedy rule finds, evenly filled, or so many that there are `at_least` as many
+    micro-batches (of at least as many units).
     """
     alone = [[unit] for unit, size in enumerate(sizes) if size > max_tokens]
     rest = sorted((u for u, size in enumerate(sizes) if size <= max_tokens), key=lambda u: -sizes[u])
     most = max_units or max(1, len(rest))
-    fewest = max(-(-sum(sizes[u] for u in rest) // max_tokens), -(-len(rest) // most))
+    fewest = max(-(-sum(sizes[u] for u in rest) // max_tokens), -(-len(rest) // most), at_least - len(alone))
     attempts = (_fill(rest, sizes, parts, max_tokens, most) for parts in range(fewest, len(rest) + 1))
     return alone + next(bins for bins in attempts if bins is not None)
 

@@ -38,6 +38,10 @@ class TrainingError(WhetError, RuntimeError):
     """Training produced something that must not be built upon, such as a non-finite loss."""
 
 
+class ClusterError(WhetError, RuntimeError):
+    """A process or a machine of a run was lost, or kept the others waiting for too long."""
+
+
 class SeveralErrors(WhetError):
     """Errors of different kinds that were found together."""
 

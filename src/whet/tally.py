@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,37 @@ class Tally:
                 self._note(name, value.detach().float(), batch[f"weights/{key}"], self._mass(batch, key))
         self.losses.append((batch.unit_names, loss.detach()))
         return loss
+
+    def state(self) -> dict[str, Any]:
+        """What was added up, on the CPU, for `absorb` in another process."""
+        losses = [(names, loss.cpu()) for names, loss in self.losses]
+        return {
+            "parts": [part.cpu() for part in self.parts],
+            "masses": self.masses,
+            "sums": {name: value.cpu() for name, value in self.sums.items()},
+            "counts": {name: value.cpu() for name, value in self.counts.items()},
+            "losses": losses,
+        }
+
+    def absorb(self, state: Mapping[str, Any]) -> None:
+        """Add what the tally of another part of the same batch holds."""
+        self.parts = [own + theirs for own, theirs in zip(self.parts, state["parts"], strict=True)]
+        self.masses = [own + theirs for own, theirs in zip(self.masses, state["masses"], strict=True)]
+        for name, value in state["sums"].items():
+            join = {"mean": torch.add, "max": torch.maximum, "min": torch.minimum}[reduction(name)]
+            self.sums[name] = join(self.sums[name], value) if name in self.sums else value
+        for name, value in state["counts"].items():
+            self.counts[name] = self.counts[name] + value if name in self.counts else value
+        self.losses += state["losses"]
+
+    def not_finite(self, loss: float) -> str:
+        """Which units a loss that is not finite comes from, and what to do."""
+        bad = [name for units, part in self.losses if not torch.isfinite(part) for name in units]
+        names = ", ".join(bad[:8]) + (" …" if len(bad) > 8 else "")
+        return (
+            f"the loss is {loss} in the micro-batch of {names}; nothing was updated. Look at these rows, lower "
+            "optim.lr, or use float32 arithmetic (backend.precision)"
+        )
 
     def finish(self) -> dict[str, float]:
         """`loss`, the part of each term where there are several, and the metrics. One that applied nowhere is left

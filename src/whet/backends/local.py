@@ -22,7 +22,7 @@ from whet.config.backend import BackendConfig
 from whet.config.optim import OptimConfig
 from whet.errors import TrainingError
 from whet.flops import ModelFlops, peak_flops
-from whet.losses.base import Output
+from whet.losses.base import PER_SEQUENCE, Output
 from whet.methods import Term
 from whet.models.adapters import adapter_off, trainable_summary
 from whet.models.export import save_model
@@ -31,8 +31,6 @@ from whet.models.restore import load_weights
 from whet.models.scores import load_head, save_head, value_head
 from whet.tally import Tally
 
-PER_SEQUENCE = {"scores"}
-"""Outputs with one value per sequence; the others have one per token."""
 SCALER_FILE = "scaler.json"
 CRITIC_FOLDER = "critic"
 """Beside the weights of a policy, those of its critic, be it a model or a head."""
@@ -133,7 +131,7 @@ class LocalBackend:
                     raise TrainingError(OUT_OF_MEMORY.format(**remedies)) from error
         result = tally.finish()
         if not math.isfinite(result["loss"]):
-            raise TrainingError(_not_finite(result["loss"], tally.losses))
+            raise TrainingError(tally.not_finite(result["loss"]))
         return result
 
     def optim_step(self, lr: float) -> dict[str, float]:
@@ -178,6 +176,12 @@ class LocalBackend:
         save_model(self.model, self.tokenizer, folder)
         if self.value_head is not None:
             save_head(self.value_head, folder / CRITIC_FOLDER)
+
+    def weights(self, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter with its name in the model, or those that are trained: the tensors themselves."""
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad or not trained:
+                yield name, weight.detach()
 
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:
@@ -231,16 +235,6 @@ class LocalBackend:
 def _looked(batch: Batch, outputs: Set[Output]) -> int:
     """Tokens that the language-model head runs on."""
     return 0 if outputs <= {"values", *PER_SEQUENCE} else int(batch.num_trained.sum())
-
-
-def _not_finite(loss: float, parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> str:
-    """Which units a loss that is not finite comes from, and what to do."""
-    bad = [name for units, part in parts if not torch.isfinite(part) for name in units]
-    names = ", ".join(bad[:8]) + (" …" if len(bad) > 8 else "")
-    return (
-        f"the loss is {loss} in the micro-batch of {names}; nothing was updated. Look at these rows, lower optim.lr, "
-        "or use float32 arithmetic (backend.precision)"
-    )
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:

@@ -32,6 +32,8 @@ class Request(Hashable, Protocol):
 
 Output = str | Request
 """A model output that can be asked for."""
+PER_SEQUENCE = frozenset({"scores"})
+"""Outputs with one value per sequence; the others have one per token."""
 Outputs = Mapping[Any, Tensor]
 """What the model computed for a batch, by what was asked for (`Output`): `logprobs`, `entropy`, `mean_logprobs`,
 `correct` and `values` are [T], 0 where a token is not trained; `scores` is [N]."""
