@@ -16,8 +16,9 @@ PACKAGE = ROOT / "src" / "whet"
 # A module or folder of src/whet imports only from those to its left, and from itself.
 ORDER = (
     *("types", "columns", "errors", "database", "tree", "batch", "tensor", "losses", "credit", "config", "migrate"),
-    *("annotate", "shaping", "methods", "tally", "models", "flops", "merge", "weights", "engines", "data", "rollout"),
-    *("checkpoints", "ranks", "backends", "scorer", "rewards", "envs", "cluster"),
+    *("annotate", "shaping", "methods", "tally", "models", "flops", "merge"),
+    *("checkpoints", "weights", "engines", "data", "rollout"),
+    *("ranks", "backends", "scorer", "rewards", "envs", "cluster"),
     *("view", "log", "schedule", "sanity", "recipe", "mix", "speed", "loop", "rollouts_only", "evaluate", "roles"),
     *("precompute", "provenance", "feeds", "keeper"),
     *("check", "compose", "answer"),

@@ -39,6 +39,7 @@ whet sharpens language models after pre-training.
   whet chat MODEL                             talk to a model
   whet serve MODEL [--port 8000]              an OpenAI-compatible server on this machine
   whet merge ADAPTER OUTPUT                   add an adapter into plain weights
+  whet convert SRC DST --to hf|torch_dist     a model's weights into another kind of folder
   whet check CONFIG.yaml [--section.key value] find what is wrong with a run, and what it takes, before it begins
   whet import TOOL FILE [-o OUT.yaml]         make a configuration of a file of trl, llamafactory or slime
 
@@ -289,6 +290,56 @@ def _merge(arguments: list[str]) -> int:
     return 0
 
 
+def _convert(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "whet convert",
+        description="Write a model into another kind of folder: safetensors (hf), torch.distributed.checkpoint "
+        "(torch_dist). What SRC is, is recognised. Tensors pass through one at a time, and are read back and compared.",
+    )
+    parser.add_argument("source", metavar="SRC", help="folder of a model, such as a checkpoint of a run")
+    parser.add_argument("output", metavar="DST", help="new folder")
+    parser.add_argument("--to", required=True, choices=("hf", "torch_dist"), help="what DST is to be")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as they are")
+    parser.add_argument("--shard-gb", type=float, help="most gigabytes of a file (default: as SRC has it, or 5)")
+    parser.add_argument(
+        "--verify",
+        choices=("none", "checksum", "logits"),
+        default="checksum",
+        help="logits loads the whole model besides, on both sides (default checksum)",
+    )
+    parser.add_argument("--merge", action="store_true", help="SRC is an adapter: merge it into its base on the way")
+    parser.add_argument("--base", help="with --merge: folder or hub name of the base (default: as the adapter says)")
+    options = parser.parse_args(arguments)
+    if options.shard_gb is not None and options.shard_gb <= 0:
+        parser.error("--shard-gb must be positive")
+    if options.base and not options.merge:
+        parser.error("--base goes with --merge")
+    from whet.check.memory import available_bytes
+    from whet.log import progress_over
+    from whet.weights.convert import convert
+
+    done = convert(
+        options.source,
+        options.output,
+        options.to,
+        dtype=options.dtype,
+        verify=options.verify,
+        merge=options.merge,
+        base_model=options.base,
+        memory_bytes=available_bytes("cpu"),
+        options={"shard_gb": options.shard_gb},
+        watch=progress_over,
+    )
+    checked = ", read back and equal to the bit" if done.checked else ""
+    print(
+        f"{options.source} ({done.source}) -> {options.output} ({options.to}): {done.num_tensors} tensors, "
+        f"{done.num_bytes / 1e9:.3g} GB{checked}"
+    )
+    if (compared := done.compared) is not None:
+        print(f"largest difference of logits: {compared.difference:.2g} (they reach {compared.largest:.2g})")
+    return 0
+
+
 def _check(arguments: list[str]) -> int:
     if _asks_help(arguments):
         print(CHECK_HELP, end="")
@@ -367,6 +418,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "chat": _chat,
     "serve": _serve,
     "merge": _merge,
+    "convert": _convert,
     "check": _check,
     "import": _import,
     "demo": _demo,

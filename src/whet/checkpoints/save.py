@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -87,6 +88,36 @@ def publish(root: str | Path, fill: Callable[[Path], None]) -> None:
     except Exception as error:
         if _is_about_the_disk(error):
             raise CheckpointError(_explain(root, "the final model", error)) from error
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def create(folder: str | Path, fill: Callable[[Path], None]) -> None:
+    """Make a new folder of what `fill` writes into the empty folder it is given: whole, or not at all.
+
+    Raises CheckpointError when it cannot be written.
+    """
+    folder = Path(folder).absolute()
+    draft = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.tmp-*"):
+            if not _alive(int(left.name.rpartition("-")[2])):
+                shutil.rmtree(left)
+        draft.mkdir()
+        fill(draft)
+        for path in [*draft.rglob("*"), draft]:
+            _sync(path)
+        draft.rename(folder)
+        _sync(folder.parent)
+    except Exception as error:
+        if _is_about_the_disk(error):
+            said = " ".join(str(error).split())
+            full = _is_full(error)
+            free = f"free some space ({shutil.disk_usage(_present(folder)).free / 2**20:.0f} MiB left)"
+            remedy = free if full else "make it writable, or name another folder"
+            raise CheckpointError(f"{folder} could not be written: {said}; {remedy}. Nothing is left there") from error
         raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -190,9 +221,18 @@ def _is_about_the_disk(error: Exception) -> bool:
     return isinstance(error, OSError) or "os error" in str(error)
 
 
+def _is_full(error: Exception) -> bool:
+    return getattr(error, "errno", None) in FULL or any(f"os error {number}" in str(error) for number in FULL)
+
+
+def _present(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
 def _explain(root: Path, what: str, error: Exception) -> str:
     said = " ".join(str(error).split())
-    if getattr(error, "errno", None) in FULL or any(f"os error {number}" in said for number in FULL):
+    if _is_full(error):
         free = shutil.disk_usage(root).free / 2**20
         remedy = f"free some space ({free:.0f} MiB left) or keep fewer checkpoints (checkpoint.keep)"
     else:
