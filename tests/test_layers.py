@@ -20,7 +20,7 @@ ORDER = (
     *("checkpoints", "weights", "engines", "data", "rollout"),
     *("ranks", "backends", "scorer", "rewards", "envs", "cluster"),
     *("view", "log", "schedule", "sanity", "recipe", "mix", "speed", "loop", "rollouts_only", "evaluate", "roles"),
-    *("precompute", "provenance", "feeds", "keeper"),
+    *("spread", "precompute", "provenance", "feeds", "keeper"),
     *("check", "compose", "answer"),
     *("sample", "chat", "trainer", "demo", "serve", "cli", "__main__"),
 )

@@ -140,24 +140,57 @@ def _load(method: str | None, arguments: list[str], *, trains: bool = True):
     from whet.log import logger
 
     path = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    loaded = load(method, path, arguments, trains=trains)
+    loaded = load(method, path, [*arguments, *_processes(arguments)], trains=trains)
     for note in loaded.notes:
         logger.info(note)
     return loaded.config
 
 
+def _processes(arguments: Sequence[str]) -> list[str]:
+    """The flag that says how many processes there are, where whoever started them (torchrun) has said so already."""
+    from whet.ranks.environment import size_in_environment
+
+    size = size_in_environment()
+    given = any(re.match(r"--(cluster\.)?num[-_]processes", argument) for argument in arguments)
+    return [] if size is None or given else ["--cluster.num_processes", str(size)]
+
+
 def _train(method: str, arguments: list[str]) -> int:
     if _asks_help(arguments):
         return _method_help(method)
-    return _run(_load(method, arguments))
+    command = [method, *arguments]
+    return _over_processes(_load(method, arguments), command, _run)
+
+
+def _over_processes(config: RunConfig, command: Sequence[str], work: Callable[[RunConfig], int]) -> int:
+    """Do the work here, or start the processes that it is spread over; in one of those, follow the first."""
+    from whet.ranks.environment import RANK, size_in_environment
+
+    size = size_in_environment()
+    if size is None and config.cluster.size > 1:
+        from whet.ranks.launch import launch
+
+        return launch(command, config.cluster.size)
+    if size is not None and size != config.cluster.size:
+        raise ConfigError(
+            f"cluster.num_processes is {config.cluster.size}, but {size} processes were started (WORLD_SIZE); leave it "
+            "out, or start as many"
+        )
+    if size is not None and os.environ[RANK] != "0":
+        from whet.spread import follow
+
+        return follow(config)
+    return work(config)
 
 
 def _run(config: RunConfig) -> int:
     from whet.compose import compose
+    from whet.spread import crew_of
 
-    run = compose(config)
-    with _orderly_end(run.loop.request_stop, "after this step"):
-        asyncio.run(run.train())
+    with crew_of(config) as crew:
+        run = compose(config, crew=crew)
+        with _orderly_end(run.loop.request_stop, "after this step"):
+            asyncio.run(run.train())
     return 0 if run.loop.finished else 130
 
 
@@ -205,10 +238,16 @@ def _eval(arguments: list[str]) -> int:
     if _asks_help(arguments):
         print(EVAL_HELP, end="")
         return 0
-    config = _load(None, arguments, trains=False)
-    from whet.compose import evaluate
+    command = ["eval", *arguments]
+    return _over_processes(_load(None, arguments, trains=False), command, _evaluate)
 
-    metrics, transcripts = asyncio.run(evaluate(config))
+
+def _evaluate(config: RunConfig) -> int:
+    from whet.compose import evaluate
+    from whet.spread import crew_of
+
+    with crew_of(config) as crew:
+        metrics, transcripts = asyncio.run(evaluate(config, crew))
     for name, value in metrics.items():
         print(f"{name:40} {value:.6g}")
     for episode in transcripts:

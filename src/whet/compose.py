@@ -28,6 +28,7 @@ from whet.loop import Loop
 from whet.methods import Method
 from whet.models.card import write_card
 from whet.models.source import adapter_base
+from whet.ranks.crew import Crew
 from whet.roles import Policy, load_policy
 from whet.rollout.dump import FOLDER, Dump, DumpedSource
 from whet.rollout.protocols import Source
@@ -89,8 +90,8 @@ class Run:
         write_card(folder, name=self.keeper.root.name, **known, metrics=self.loop.progress.last_eval)
 
 
-def compose(config: RunConfig, method: Method | None = None) -> Run:
-    """Check settings, then files and rows, then load the model and put the run together.
+def compose(config: RunConfig, method: Method | None = None, crew: Crew | None = None) -> Run:
+    """Check settings, then files and rows, then load the model and put the run together; with a `crew`, over its ranks.
 
     Raises ConfigError, DataError, CheckpointError or ModelError; what can be known without the model is said
     before it is loaded.
@@ -106,7 +107,7 @@ def compose(config: RunConfig, method: Method | None = None) -> Run:
             f"debug.rollout_only samples from model.path, but {keeper.found} is of a run that trains; set output_dir "
             "to another folder"
         )
-    policy = load_policy(config, method, tokenizer, train=trains)
+    policy = load_policy(config, method, tokenizer, train=trains, crew=crew)
     connected = feed.connect(policy)
     source = connected.source
     if config.log.rollouts or not trains:
@@ -124,7 +125,7 @@ def compose(config: RunConfig, method: Method | None = None) -> Run:
     return Run(policy, feed, loop, keeper, connected.engine)
 
 
-async def evaluate(config: RunConfig) -> tuple[dict[str, float], tuple[Episode, ...]]:
+async def evaluate(config: RunConfig, crew: Crew | None = None) -> tuple[dict[str, float], tuple[Episode, ...]]:
     """Evaluate a model on the held-out data without training it: metrics, and a few episodes if it sampled any."""
     if config.data.eval is not None:  # the training data is not needed
         config = without_training_data(config)
@@ -146,7 +147,7 @@ async def evaluate(config: RunConfig) -> tuple[dict[str, float], tuple[Episode, 
             "reference.path is not given, so the model is held against itself and all log-ratios are 0; set it to the "
             "model that the training began with"
         )
-    policy = load_policy(config, method, tokenizer, train=False)
+    policy = load_policy(config, method, tokenizer, train=False, crew=crew)
     metrics = await feed.evaluate(policy)
     return metrics, getattr(feed, "transcripts", ())
 

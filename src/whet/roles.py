@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from whet.annotate import Annotation, TeacherTopK
 from whet.backends.device import Arithmetic, choose
 from whet.backends.local import LocalBackend, WithoutAdapter
-from whet.backends.protocol import Backend
+from whet.backends.protocol import Backend, RankBackend
 from whet.config.model import FreezeConfig, ModelConfig
 from whet.config.plugin import resolve
 from whet.config.rules import DISTILLS
@@ -24,13 +26,23 @@ from whet.engines.protocol import Engine
 from whet.errors import ConfigError
 from whet.methods import REFERENCE, Method
 from whet.models.adapters import has_adapter, reference_is_adapter_off
-from whet.models.digest import digest
-from whet.models.load import load_model, stop_token_ids
+from whet.models.load import load_model, load_tokenizer, stop_token_ids, stop_tokens_in_files
 from whet.models.source import adapter_base
+from whet.ranks.crew import Crew
+from whet.ranks.layout import Layout
+from whet.ranks.led import Led
+from whet.recipe import method_of
 
 logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, Any] = {"local": LocalBackend}
+"""What makes a backend, by name."""
+SPREAD = {
+    "fsdp": "whet.backends.fsdp:FsdpBackend",
+    "deepspeed": "whet.backends.deepspeed:DeepSpeedBackend",
+    "megatron": "whet.backends.megatron:MegatronBackend",
+}
+"""Backends over several processes, each imported where it is chosen."""
 ENGINES: dict[str, Any] = {"local": LocalEngine}
 
 
@@ -44,6 +56,8 @@ class Policy:
     stop_token_ids: tuple[int, ...]
     arithmetic: Arithmetic
     backends: dict[str, Backend]
+    crew: Crew | None = None
+    """The ranks that the models are spread over, led from here."""
 
     @property
     def backend(self) -> Backend:
@@ -76,26 +90,34 @@ class Policy:
         told = backend.describe()
         words = backend.compute.words if role == "teacher" else "all"  # what it shares with the student
         known = (told["device"], told["precision"], told["attention"], words)
-        return " ".join([digest(backend.model), *map(str, known)])
+        return " ".join([backend.digest(), *map(str, known)])
 
     def release(self, role: str) -> None:
         """Let go of a frozen model that nothing runs any more, its annotations computed once."""
         once = {stage for stage, _ in self.computed_once}
         if not any(role in stage.roles for stage in self.method.annotate if stage not in once):
             self.backends.pop(role)
+            if self.crew is not None:
+                self.crew.release(role)
 
     def engine(self, role: str = "policy", *, own_weights: bool = False) -> Engine:
         """A new engine over the weights of the model in this role, or over a copy of them that `update_weights`
-        brings up to date, so that one thread may train while another samples."""
-        config, model = self.config.engine, self.backends[role].model
+        brings up to date, so that one thread may train while another samples. It samples from a copy as well where
+        no process has the whole model."""
+        config, backend = self.config.engine, self.backends[role]
         special: dict[str, Any] = {}
         if config.use in ENGINES:  # a user's engine need not know of these
             special["packed_weights"] = config.packed_weights
             special["cache"] = config.cache
             special["prefix_cache_mb"] = config.kept_mb(has_env=self.config.env is not None)
-        if own_weights:
+        model = backend.model
+        if isinstance(backend, Led):
+            model = load_model(self._config_of(role), self.arithmetic.device).requires_grad_(False).eval()
+            special["weights_from"] = partial(backend.weights, trained=True)
+        elif own_weights:
             special["weights_from"] = model
             model = own_copy(model)
+        if "weights_from" in special:
             logger.info("the engine samples from a copy of the weights, %.0f MiB", num_bytes(model) / 2**20)
         return engine_maker(self.config)(
             model,
@@ -106,6 +128,12 @@ class Policy:
             autocast=self.arithmetic.autocast,
             **special,
         )
+
+    def _config_of(self, role: str) -> ModelConfig:
+        """What the model in a role that samples begins as."""
+        if role == "teacher":
+            return frozen_models(self.config, self.method)["distill.teacher"]
+        return self.config.model
 
 
 def share_on_policy(config: RunConfig, method: Method) -> float:
@@ -127,32 +155,63 @@ def engine_maker(config: RunConfig) -> Any:
 
 def backend_maker(config: RunConfig) -> Any:
     """What makes the run's backends. Raises ConfigError for an unknown one."""
-    return resolve(config.backend.use, BACKENDS, what="backend", where="backend.use")
+    use = config.backend.use
+    return resolve(SPREAD.get(use, use), BACKENDS, what="backend", where="backend.use")
 
 
-def load_policy(config: RunConfig, method: Method, tokenizer: PreTrainedTokenizerBase, *, train: bool) -> Policy:
+def load_policy(
+    config: RunConfig,
+    method: Method,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train: bool,
+    crew: Crew | None = None,
+) -> Policy:
     """Load the model on its device, with an optimizer if it is to be trained, and the frozen models it needs.
 
-    Evaluation of what was sampled needs no frozen model, that of rows needs all.
+    Evaluation of what was sampled needs no frozen model, that of rows needs all. With a `crew`, all its ranks load
+    their part of each model, and the backends are those of all.
     """
+    if crew is None:
+        return _load_policy(config, method, tokenizer, train)
+    with crew.loading((config, train)):
+        policy = _load_policy(config, method, tokenizer, train, crew.layout)
+    led: dict[str, Backend] = {role: Led(crew, role, own, config.backend) for role, own in policy.backends.items()}
+    return replace(policy, backends=led, crew=crew)
+
+
+def load_part(config: RunConfig, train: bool, layout: Layout) -> Mapping[str, RankBackend]:
+    """What a rank that follows holds of each model, by role."""
+    policy = _load_policy(config, method_of(config), load_tokenizer(config.model), train, layout)
+    return policy.backends  # pyright: ignore[reportReturnType]
+
+
+def _load_policy(
+    config: RunConfig,
+    method: Method,
+    tokenizer: PreTrainedTokenizerBase,
+    train: bool,
+    ranks: Layout | None = None,
+) -> Policy:
     arithmetic = choose(config.backend)
     if train and arithmetic.device.type == "cpu" and config.model.dtype == "float16":
         raise ConfigError("model.dtype is 'float16', which a CPU does not train in; use float32 or bfloat16")
     torch.manual_seed(config.seed)
-    loader = _Loader(config, method, tokenizer, arithmetic, train)
-    model = load_model(config.model, arithmetic.device, scores=method.scores)
+    loader = _Loader(config, method, tokenizer, arithmetic, train, ranks)
     shared = {"values": True} if train and "values" in method.outputs_of("policy") else {}
-    backends = {"policy": loader.backend(model, optim=config.optim if train else None, **shared)}
+    optim = config.optim if train else None
+    backends = {"policy": loader.backend(config.model, scores=method.scores, optim=optim, **shared)}
     roles = method.roles if train or method.source == "rows" else frozenset()
     if "reference" in roles:
         backends["reference"] = loader.reference(backends["policy"])
     if "critic" in roles:
-        scores = load_model(critic_of(config), arithmetic.device, scores=True)
-        backends["critic"] = loader.backend(scores, optim=config.critic.optim(config.optim) if train else None)
+        optim = config.critic.optim(config.optim) if train else None
+        backends["critic"] = loader.backend(critic_of(config), scores=True, optim=optim)
     if "teacher" in roles:
         backends["teacher"] = loader.frozen(frozen_models(config, method)["distill.teacher"])
         backends["policy"].compute.learn_from(backends["teacher"].compute)
-    stops = stop_token_ids(model, tokenizer)
+    stops = stop_token_ids(backends["policy"].model, tokenizer) if ranks is None else None
+    stops = stops or stop_tokens_in_files(config.model, tokenizer)  # a part of a model may not know them
     return Policy(config, method, tokenizer, stops, arithmetic, backends)
 
 
@@ -191,23 +250,24 @@ class _Loader:
     tokenizer: PreTrainedTokenizerBase
     arithmetic: Arithmetic
     train: bool
+    ranks: Layout | None
 
-    def backend(self, model: Any, **options: Any) -> Backend:
-        """A backend over a model that is loaded."""
+    def backend(self, model: ModelConfig, *, scores: bool = False, frozen: bool = False, **options: Any) -> Backend:
+        """A backend over a model that is loaded now."""
         sampled = self.method.source == "prompts"
-        return backend_maker(self.config)(
-            model,
-            self.tokenizer,
-            self.config.backend,
-            self.arithmetic,
-            attention=self.config.model.attention,
-            temperature=self.config.rollout.temperature if sampled else 1.0,
-            **options,
-        )
+        options["attention"] = self.config.model.attention
+        options["temperature"] = self.config.rollout.temperature if sampled else 1.0
+        make, config = backend_maker(self.config), self.config.backend
+        if self.ranks is not None:
+            options |= {"layout": self.ranks, "scores": scores, "frozen": frozen}
+            return make(model, self.tokenizer, config, self.arithmetic, **options)
+        loaded = load_model(model, self.arithmetic.device, scores=scores)
+        loaded = loaded.requires_grad_(False) if frozen else loaded
+        return make(loaded, self.tokenizer, config, self.arithmetic, **options)
 
     def frozen(self, model: ModelConfig) -> Backend:
         """A model of its own that is never trained."""
-        return self.backend(load_model(model, self.arithmetic.device).requires_grad_(False))
+        return self.backend(model, frozen=True)
 
     def reference(self, policy: Backend) -> Backend:
         """Another model if one is named; under a new adapter, or one that is only evaluated, the policy with its

@@ -25,6 +25,7 @@ from whet.flops import ModelFlops, peak_flops
 from whet.losses.base import PER_SEQUENCE, Output
 from whet.methods import Term
 from whet.models.adapters import adapter_off, trainable_summary
+from whet.models.digest import digest
 from whet.models.export import save_model
 from whet.models.parts import base
 from whet.models.restore import load_weights
@@ -228,6 +229,10 @@ class LocalBackend:
             "trainable": trainable,
         }
 
+    def digest(self) -> str:
+        """A hash of what outputs follow from, an adapter left out."""
+        return digest(self.model)
+
     def _micro_batches(self, batch: Batch) -> list[list[int]]:
         return batch.micro_batches(self.config.max_tokens_per_device, self.config.micro_batch_size)
 
@@ -265,3 +270,6 @@ class WithoutAdapter:
 
     def describe(self) -> dict[str, Any]:
         return self.policy.describe()
+
+    def digest(self) -> str:
+        return self.policy.digest()

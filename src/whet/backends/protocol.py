@@ -76,9 +76,17 @@ class Backend(Protocol):
         """What was chosen at start-up: device, precision, attention, trainable parameters."""
         ...
 
+    def digest(self) -> str:
+        """A hash of what outputs follow from, an adapter left out."""
+        ...
+
 
 class RankBackend(Protocol):
     """What one rank offers of a model that is spread over several; `ranks.led.Led` makes a `Backend` of it.
+
+    Made with `(model: ModelConfig, tokenizer, config: BackendConfig, arithmetic, *, layout: Layout, scores: bool,
+    frozen: bool, optim: OptimConfig | None, attention, temperature: float, values: bool)` on all ranks at once, in the
+    process group that is there; it loads the model itself, so that no rank need hold more than its part.
 
     Every method is called on all ranks at once, with the same arguments but for shares. Every share of a batch has as
     many micro-batches as the others, fillers included (see `ranks.share.Share`); a filler runs forward and backward

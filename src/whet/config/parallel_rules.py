@@ -38,6 +38,11 @@ OF_EMBEDDED = ("prefix_cache_mb", "packed_weights", "cache")
 """Settings of an engine that only the embedded one has."""
 
 
+def is_spread(config: RunConfig) -> bool:
+    """Whether the models of a run are spread over processes that rank 0 leads, be it the only one."""
+    return config.backend.use in BACKENDS[1:] or config.cluster.size > 1
+
+
 def parallel_problems(config: RunConfig) -> Iterator[Problem]:
     """Everything in backend, cluster and engine that does not go together."""
     yield from _backend(config.backend)

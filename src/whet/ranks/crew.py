@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,14 +78,22 @@ class Crew:
         """Every rank lets go of its part of the model in this role."""
         self.call("rank", "release", role)
 
-    def say(self, words: Any) -> None:
-        """Something that followers read by `World.next_command` themselves."""
-        self.world.command(words)
+    @contextmanager
+    def loading(self, what: Any) -> Iterator[None]:
+        """The first thing that all do: each loads its part of what followers are told here."""
+        self.world.command(what)
+        with self._together("the loading of the models"):
+            yield
 
-    def end(self) -> None:
-        """Send the others home."""
-        self.world.command(Command())
-        self.world.leave()
+    def end(self, error: BaseException | None = None) -> None:
+        """Send the others home; after an error, those that still listen."""
+        if error is None:
+            self.world.command(Command())
+            self.world.leave()
+            return
+        self.world.watch.failed(f"{type(error).__name__}: {error}")
+        with suppress(RuntimeError):
+            self.world.command(Command())
 
     def _parts(self, shares: Sequence[Share]) -> list[Share]:
         return [shares[self.layout.data_rank(rank)] for rank in range(self.world.size)]
@@ -95,7 +103,7 @@ class Crew:
         return run(command, self.backends, first)
 
     @contextmanager
-    def _together(self, command: Command) -> Iterator[None]:
+    def _together(self, command: object) -> Iterator[None]:
         """What the ranks do together has a limit, and a failure of one is told as such."""
         watch = self.world.watch
         watch.begin(str(command))
@@ -104,7 +112,8 @@ class Crew:
         except WhetError:
             raise
         except RuntimeError as error:  # PyTorch's own way of saying that a collective did not work
-            raise ClusterError(f"{command} failed: {watch.explain()} ({error})") from error
+            said = str(error).splitlines()[0][:200]
+            raise ClusterError(f"{command} failed: {watch.explain()} ({said})") from error
         finally:
             watch.end()
 
@@ -117,14 +126,23 @@ class Follower:
         self.backends: MutableMapping[str, Any] = {}
         self.backends["rank"] = RankState(world.rank, self.backends)
 
-    def follow(self, backends: Mapping[str, Any]) -> None:
-        """Do what the leader says until it says that the run is over. Raises ClusterError when it is gone."""
-        self.backends.update(backends)
+    def follow(self, load: Callable[[Any], Mapping[str, Any]]) -> None:
+        """Load what the leader says, then do what it says until the run is over. Raises ClusterError when it is gone.
+
+        `load` makes this rank's part of each model, by role, of what `Crew.loading` was given.
+        """
+        words = self.world.next_command()
+        if not (isinstance(words, Command) and not words.method):
+            with self.at("the loading of the models"):
+                self.backends.update(load(words))
+            self._obey()
+        self.world.leave()
+
+    def _obey(self) -> None:
         while (command := self.world.next_command()).method:
             with self.at(str(command)):
                 first = (self.world.scatter(None),) if command.scatters else ()
                 self.world.gather(run(command, self.backends, first))
-        self.world.leave()
 
     @contextmanager
     def at(self, what: str) -> Iterator[None]:

@@ -16,6 +16,7 @@ from whet.config.backend import BackendConfig
 from whet.errors import TrainingError
 from whet.losses.base import PER_SEQUENCE, Output
 from whet.methods import Term
+from whet.models.digest import digest
 from whet.ranks.crew import Crew
 from whet.ranks.share import Share, shares
 from whet.tally import Tally
@@ -132,6 +133,10 @@ class Led:
     def describe(self) -> dict[str, Any]:
         """What was chosen at start-up, and how the model is spread."""
         return {**self.own.describe(), "processes": self._crew.world.size, "layout": str(self._crew.layout)}
+
+    def digest(self) -> str:
+        """A hash of what outputs follow from, an adapter left out."""
+        return digest(self.own.model, self.weights())
 
     def _divide(self, batch: Batch) -> list[tuple[list[int], Share]]:
         layout, config = self._crew.layout, self._config

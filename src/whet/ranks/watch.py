@@ -18,8 +18,8 @@ from whet.errors import ClusterError
 logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
-STALE_S = 10.0
-"""Seconds without a sign after which a process counts as stopped or dead: its thread writes each second."""
+LISTEN_S = 3.5
+"""How long to listen for a sign of life before a process counts as stopped or dead."""
 GRACE_S = 10.0
 """Seconds beyond the limit in which the waiting itself may end with an error, before the process is ended."""
 EXIT_CODE = 75
@@ -53,10 +53,17 @@ class Watch:
         """From here on this process is at something that all do together, which has a limit."""
         self._count += 1
         self._doing = (self._count, what, time.monotonic())
+        self._tell()
 
     def end(self) -> None:
         """It is done."""
         self._doing = None
+
+    def _tell(self) -> None:
+        try:
+            self._beat()
+        except RuntimeError:  # the store is gone; what comes next says so
+            logger.debug("nobody can be told what this process is at")
 
     def failed(self, reason: str) -> None:
         """Leave word for the others of why this process ends."""
@@ -72,9 +79,9 @@ class Watch:
             raise ClusterError(f"the leader, {self._name(0)}, has given no sign for {silent:.0f} s")
 
     def explain(self) -> str:
-        """Who failed, who is silent, and who has not come to what this process waits for."""
+        """Who failed, who is silent, and who has not come to what this process waits for. Listens for a while."""
         try:
-            return self._explain()
+            return self._explain(listen_s=LISTEN_S)
         except RuntimeError as error:
             return f"rank 0 can no longer be asked who is missing ({error})"
 
@@ -93,7 +100,7 @@ class Watch:
     def _beat(self) -> None:
         count, what, _ = self._doing or (self._count, "nothing that the others take part in", 0.0)
         about = {"host": socket.gethostname(), "pid": os.getpid(), "count": count, "what": what, "at": time.time()}
-        self._store.set(f"beat/{self.rank}", json.dumps(about))
+        self._store.set(f"beat/{self.rank}", json.dumps({**about, "place": _place()}))
 
     def _look(self) -> None:
         for other in range(self.size):
@@ -134,18 +141,30 @@ class Watch:
         about = self._about(rank)
         return f"rank {rank}" if about is None else f"rank {rank} ({about['host']}, pid {about['pid']})"
 
-    def _explain(self) -> str:
-        found = []
+    def _explain(self, listen_s: float = 0.0) -> str:
+        before = {other: self._about(other) for other in range(self.size)}
+        time.sleep(listen_s)
+        found, alive = [], []
         ours = self._doing[0] if self._doing is not None else self._count
         for other in range(self.size):
+            about, silent = self._about(other), self._silence(other) or 0.0
             if self._store.check([f"failed/{other}"]):
                 found.append(f"{self._name(other)} failed: {self._store.get(f'failed/{other}').decode()}")
+            elif other == self.rank or about is None:
                 continue
-            silent, about = self._silence(other), self._about(other)
-            if other == self.rank or about is None:
-                continue
-            if silent is not None and silent > STALE_S:
+            elif (listen_s and before[other] == about) or silent > LISTEN_S:
                 found.append(f"{self._name(other)} is dead or stopped (no sign of life for {silent:.0f} s)")
             elif about["count"] < ours:
-                found.append(f"{self._name(other)} has not come to it yet, and is at: {about['what']}")
-        return "; ".join(found) or "all processes are alive and at it; raise backend.timeout_s if it needs longer"
+                found.append(f"{self._name(other)} has not come to it yet: it is at {about['what']}, {about['place']}")
+            else:
+                alive.append(f"{self._name(other)} is at {about['place']}")
+        return "; ".join(found or ["all processes are alive", *alive[:8]])
+
+
+def _place() -> str:
+    """Where the main thread is, innermost first."""
+    frame, places = sys._current_frames().get(threading.main_thread().ident or 0), []
+    while frame is not None and len(places) < 3:
+        places.append(f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} {frame.f_code.co_name}")
+        frame = frame.f_back
+    return " < ".join(places)

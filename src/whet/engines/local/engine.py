@@ -23,7 +23,7 @@ from whet.engines.local.request import Piece, Request, StopText, validate
 from whet.engines.local.rows import Rows
 from whet.engines.local.sampler import sample
 from whet.engines.local.stats import Stats
-from whet.engines.local.weights import Following
+from whet.engines.local.weights import Following, Weights
 from whet.errors import EngineError
 from whet.types import Completion, FinishReason, Sampling
 from whet.weights.snapshot import Snapshot, version_of
@@ -45,8 +45,9 @@ class LocalEngine:
     they go when the weights change, and with `release`.
     `packed_weights` holds a second copy of the linear layers on a CPU while sampling, which is faster (see `Packed`).
     `cache` says where keys and values lie: `slots`, `paged`, a `Paging`, or `auto` for what is faster (`paging_for`).
-    `weights_from` is the model that is trained, where `model` is a copy of it (`weights.own_copy`): what is trained
-    is then copied by `update_weights`, and another thread may train while this one samples.
+    `weights_from` is the model that is trained, or a stream of its weights, where `model` is a copy of it
+    (`weights.own_copy`): what is trained is then copied by `update_weights`, and another thread may train while this
+    one samples.
     Raises EngineError if the model cannot be served exactly (see `check`).
     """
 
@@ -61,7 +62,7 @@ class LocalEngine:
         autocast: torch.dtype | None = None,
         prefill_tokens: int = 8192,
         version: int = 0,
-        weights_from: nn.Module | None = None,
+        weights_from: nn.Module | Weights | None = None,
         prefix_cache_mb: float = 256.0,
         packed_weights: bool = True,
         cache: str | Paging = "auto",
