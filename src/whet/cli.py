@@ -210,7 +210,10 @@ def _sample(arguments: list[str]) -> int:
     if report is None:
         return 130
     print("\n".join(in_lines(report)))
-    return 0 if run.then is None else _run(run.then)
+    if run.then is None:
+        return 0
+    # Settings given on this line are in the configuration already, so the file alone is what other processes read.
+    return _over_processes(run.then, [run.then.method, run.write_then()], _run)
 
 
 @contextmanager

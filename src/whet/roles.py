@@ -17,6 +17,7 @@ from whet.backends.device import Arithmetic, choose
 from whet.backends.local import LocalBackend, WithoutAdapter
 from whet.backends.protocol import Backend, RankBackend
 from whet.config.model import FreezeConfig, ModelConfig
+from whet.config.parallel_rules import is_spread
 from whet.config.plugin import resolve
 from whet.config.rules import DISTILLS
 from whet.config.run import RunConfig
@@ -173,6 +174,11 @@ def load_policy(
     their part of each model, and the backends are those of all.
     """
     if crew is None:
+        if is_spread(config):
+            raise ConfigError(
+                f"backend.use is {config.backend.use!r} over {config.cluster.size} processes, which only the command "
+                "line starts (whet METHOD CONFIG.yaml); set backend.use to local here"
+            )
         return _load_policy(config, method, tokenizer, train)
     with crew.loading((config, train)):
         policy = _load_policy(config, method, tokenizer, train, crew.layout)

@@ -79,7 +79,7 @@ def test_reinforcement_samples_from_a_copy_that_follows(settings: dict, tmp_path
         ("optim_step:1:kill", "rank 1 .*is dead or stopped"),
         ("forward_backward:1:raise", "rank 1 .*failed: .*the disk of this rank is on fire"),
         ("optim_step:1:stop", "rank 1 .*is dead or stopped"),
-        ("optim_step:1:sleep", "rank 1 .*is at replicated.py:\\d+ _fault"),
+        ("optim_step:1:sleep", "all processes are alive; rank 1 .*is at replicated.py:\\d+ _fault"),
     ],
 )
 def test_a_rank_that_is_lost_ends_the_run_and_is_named(fault: str, told: str, settings: dict, tmp_path: Path):

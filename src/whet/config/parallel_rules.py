@@ -45,6 +45,12 @@ def is_spread(config: RunConfig) -> bool:
 
 def parallel_problems(config: RunConfig) -> Iterator[Problem]:
     """Everything in backend, cluster and engine that does not go together."""
+    if config.method == "sample" and is_spread(config):
+        yield Problem(
+            ("backend", "use"),
+            f"sample trains nothing, so backend.use {config.backend.use!r} over {config.cluster.size} processes has no "
+            "use; leave it at local, and set engine.use to vllm or sglang for a model that one device does not hold",
+        )
     yield from _backend(config.backend)
     yield from _processes(config.backend, config.cluster)
     yield from _cluster(config.cluster)

@@ -38,7 +38,7 @@ from whet.types import Prompt
 
 logger = logging.getLogger(__name__)
 
-ROWS_FILE, REPORT_FILE, PICTURE_FILE = "rows.jsonl", "report.json", "scores.png"
+ROWS_FILE, REPORT_FILE, PICTURE_FILE, THEN_FILE = "rows.jsonl", "report.json", "scores.png", "then.yaml"
 
 
 @dataclass
@@ -87,6 +87,14 @@ class SampleRun:
         if self._playing is not None:
             loop, playing = self._playing
             loop.call_soon_threadsafe(playing.cancel)
+
+    def write_then(self) -> str:
+        """The configuration of the training that follows, in a file beside the rows, for processes of its own."""
+        assert self.then is not None, "nothing follows"
+        path = Path(self.config.output_dir) / THEN_FILE
+        with writing(path):
+            path.write_text(dump(self.then), encoding="utf-8")
+        return str(path)
 
     async def _play(self, journal: Journal) -> None:
         config, rollout = self.config, self.config.rollout
