@@ -19,7 +19,8 @@ ORDER = (
     *("annotate", "shaping", "methods", "tally", "models", "flops", "merge"),
     *("checkpoints", "weights", "engines", "data", "rollout"),
     *("ranks", "backends", "scorer", "rewards", "envs", "cluster"),
-    *("view", "log", "schedule", "sanity", "recipe", "mix", "speed", "loop", "rollouts_only", "evaluate", "roles"),
+    *("view", "log", "schedule", "sanity", "recipe", "mix", "speed", "loop", "rollouts_only", "evaluate"),
+    *("served", "roles"),
     *("spread", "precompute", "provenance", "feeds", "keeper"),
     *("check", "compose", "answer"),
     *("sample", "chat", "trainer", "demo", "serve", "cli", "__main__"),
@@ -44,13 +45,13 @@ OUTSIDE = {
 
 # Heavy or optional packages, and the only files, or rooms, that import them.
 CONFINED = {
-    "vllm": {"engines/vllm.py"},
-    "sglang": {"engines/sglang.py"},
+    "vllm": {"engines/worker/"},
+    "sglang": set(),
     "megatron": {"backends/megatron.py"},
     "deepspeed": {"backends/deepspeed.py"},
     "ray": {"cluster/ray.py"},
     "peft": {"models/"},
-    "httpx2": {"rewards/endpoint.py", "rewards/judge.py"},
+    "httpx2": {"engines/servers/http.py", "rewards/endpoint.py", "rewards/judge.py"},
     "bitsandbytes": {"models/quantize.py"},
     "fastapi": {"serve/"},
     "starlette": {"serve/"},
@@ -181,7 +182,7 @@ FINE = {
     "an import within the room": ("losses/policy.py", "from whet.losses.sft import sft"),
     "a loss with its own means": ("losses/policy.py", "import math\nimport torch\nfrom whet.tensor.kl import k3"),
     "the version": ("cli.py", "from whet import __version__"),
-    "an engine's package in its file": ("engines/vllm.py", "import vllm"),
+    "an engine's package in its file": ("engines/worker/worker.py", "import vllm"),
     "peft in the models": ("models/adapters.py", "from peft import LoraConfig"),
 }
 

@@ -64,7 +64,11 @@ class Run:
                 with writing(folder / RUN_FILE):
                     (folder / RUN_FILE).write_text(dump(config), encoding="utf-8")
             with RunLog(folder, config.log, total_steps=total_steps, resume_step=loop.global_step) as log:
-                await loop.run(log)
+                try:
+                    await loop.run(log)
+                finally:
+                    for engine in self.policy.servers.values():
+                        await engine.close()
                 if loop.finished:
                     self._finish(log, folder)
                 else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from whet.config.run import RunConfig
 from whet.engines.local.engine import LocalEngine
 from whet.engines.local.weights import num_bytes, own_copy
 from whet.engines.protocol import Engine
+from whet.engines.servers.engine import ServerEngine
 from whet.errors import ConfigError
 from whet.methods import REFERENCE, Method
 from whet.models.adapters import has_adapter, reference_is_adapter_off
@@ -33,6 +34,7 @@ from whet.ranks.crew import Crew
 from whet.ranks.layout import Layout
 from whet.ranks.led import Led
 from whet.recipe import method_of
+from whet.served import SERVERS, server_engine
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ SPREAD = {
     "megatron": "whet.backends.megatron:MegatronBackend",
 }
 """Backends over several processes, each imported where it is chosen."""
-ENGINES: dict[str, Any] = {"local": LocalEngine}
+ENGINES: dict[str, Any] = {"local": LocalEngine, **dict.fromkeys(SERVERS, server_engine)}
 
 
 @dataclass
@@ -59,6 +61,8 @@ class Policy:
     backends: dict[str, Backend]
     crew: Crew | None = None
     """The ranks that the models are spread over, led from here."""
+    servers: dict[str, ServerEngine] = field(default_factory=dict)
+    """Engines on servers that run, by the role of their model."""
 
     @property
     def backend(self) -> Backend:
@@ -105,6 +109,8 @@ class Policy:
         """A new engine over the weights of the model in this role, or over a copy of them that `update_weights`
         brings up to date, so that one thread may train while another samples. It samples from a copy as well where
         no process has the whole model."""
+        if self.config.engine.use in SERVERS:
+            return self._on_servers(role)
         config, backend = self.config.engine, self.backends[role]
         special: dict[str, Any] = {}
         if config.use in ENGINES:  # a user's engine need not know of these
@@ -135,6 +141,16 @@ class Policy:
         if role == "teacher":
             return frozen_models(self.config, self.method)["distill.teacher"]
         return self.config.model
+
+    def _on_servers(self, role: str) -> Engine:
+        """The engine of this role's servers, which all who ask share: servers are not started twice."""
+        known = self.servers.get(role)
+        if known is None or known.health()["status"] == "closed":
+            known = server_engine(
+                self.config, self.backends[role], self.tokenizer, self.stop_token_ids, self.arithmetic
+            )
+            self.servers[role] = known
+        return known
 
 
 def share_on_policy(config: RunConfig, method: Method) -> float:

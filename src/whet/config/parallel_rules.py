@@ -37,6 +37,23 @@ OF_SERVERS = (
 OF_EMBEDDED = ("prefix_cache_mb", "packed_weights", "cache")
 """Settings of an engine that only the embedded one has."""
 
+OWN_OPTIONS: Mapping[str, Mapping[str, str]] = {
+    "vllm": {
+        "model": "model.path",
+        "seed": "seed",
+        "tensor_parallel_size": "engine.tensor_parallel",
+        **dict.fromkeys(("served_model_name", "host", "port", "enable_scale_out", "logprobs_mode"), ""),
+    },
+    "sglang": {
+        "model_path": "model.path",
+        "random_seed": "seed",
+        "tp_size": "engine.tensor_parallel",
+        "tensor_parallel_size": "engine.tensor_parallel",
+        **dict.fromkeys(("host", "port", "skip_tokenizer_init"), ""),
+    },
+}
+"""Options of a server that whet decides on, and the setting that stands for each."""
+
 
 def is_spread(config: RunConfig) -> bool:
     """Whether the models of a run are spread over processes that rank 0 leads, be it the only one."""
@@ -124,6 +141,17 @@ def _engine(engine: EngineConfig, cluster: ClusterConfig) -> Iterator[Problem]:
         if _is_given(engine, name):
             text = "but the embedded engine (engine.use local) has no such thing; set engine.use to vllm or sglang"
             yield _problem("engine", name, engine, text)
+    for name in engine.options:
+        setting = OWN_OPTIONS.get(engine.use, {}).get(str(name).replace("-", "_"))
+        if setting is not None:
+            remedy = f"set {setting} instead" if setting else "remove it"
+            text = f"engine.options has {name}, which whet sets itself when it starts {engine.use}; {remedy}"
+            yield Problem(("engine", "options"), text)
+    if engine.use == "sglang" and engine.publish.delta and engine.publish.by == "file":
+        text = (
+            "engine.publish.delta is true, but sglang reads complete folders only; set engine.publish.by to broadcast"
+        )
+        yield Problem(("engine", "publish"), text)
     if engine.address is not None:
         for name in ("num_engines", "tensor_parallel", "python", "options", "start_timeout_s", "max_restarts"):
             if _is_given(engine, name):

@@ -115,6 +115,7 @@ class RolloutSource:
         self._report(settled)
         self.stats = rollout_metrics(self.rollout) | {f"rollout/{name}": value for name, value in counts.items()}
         self.stats |= age_metrics(groups, self._version) | self._prefixes.metrics()
+        self.stats |= getattr(self._engine, "metrics", dict)()
         if self._config.mode == "one_step_off" and self._journal.last_step() == step:  # the next is not there already
             await self._update_engine()
             self._ahead = asyncio.create_task(collector.collect(n, step + 1))
