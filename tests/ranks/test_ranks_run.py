@@ -31,9 +31,10 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict:
     }
 
 
-def run(method: str, output: Path, fault: str = "", **settings) -> tuple[int, str]:
+def run(method: str, output: Path, fault: str = "", alone: dict[str, str] | None = None, **settings) -> tuple[int, str]:
     """The command line with these settings; its exit code and all that it says."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "WHET_TEST_FAULT": fault or "::"}
+    environment |= alone or {}
     flags = flags_of({"output_dir": str(output), **settings})
     done = subprocess.run(
         [sys.executable, "-m", "whet", method, *flags], env=environment, capture_output=True, text=True, timeout=240
@@ -97,6 +98,13 @@ def test_what_is_wrong_is_told_once(settings: dict, tmp_path: Path):
     asked = {**settings, "data__train": str(tmp_path / "nowhere.jsonl")}
     code, said = run("sft", tmp_path / "run", **asked, **SPREAD)
     assert code == 2 and said.count("DataError") == 1 and "rank 1" not in said, said
+
+
+def test_whoever_does_not_come_is_named(settings: dict, tmp_path: Path):
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29873"}
+    del (asked := {**settings, **SPREAD})["cluster__num_processes"]
+    code, said = run("sft", tmp_path / "run", alone=alone, **asked, cluster__start_timeout_s=3)
+    assert code == 2 and "waited 3 s for all 2 processes" in said and "rank 1 did not come" in said, said
 
 
 def test_half_an_environment_is_refused():
