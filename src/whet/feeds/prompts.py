@@ -148,7 +148,9 @@ class PromptFeed:
             baseline=any("baseline_rewards" in stage.rule.reads for stage in policy.method.credit),
             choices=self.choices,
         )
-        run = partial(self.evaluate, policy, engine=policy.engine() if ahead else engine)
+        # Sampled ahead with a copy, evaluated with the policy; over ranks that is a copy too, which nobody else renews.
+        renews = ahead and policy.crew is not None and config.engine.use == "local"
+        run = partial(self.evaluate, policy, engine=policy.engine() if ahead else engine, renews=renews)
         return Connected(source, run if self.held_out else None, engine, self._mix())
 
     def _replayed(self, policy: Policy) -> Connected:
@@ -165,12 +167,15 @@ class PromptFeed:
         return Mix(RowSource(self.mixed, seed=self.config.seed, shuffle=self.config.data.shuffle), self.config.mix)
 
     async def evaluate(
-        self, policy: Policy, running: Running | None = None, *, engine: Engine | None = None
+        self, policy: Policy, running: Running | None = None, *, engine: Engine | None = None, renews: bool = False
     ) -> dict[str, float]:
-        """Sample the prompts of all held-out sets and score them; metrics are named `eval/…`."""
+        """Sample the prompts of all held-out sets and score them; metrics are named `eval/…`. With `renews`, the engine
+        takes over the policy's weights first."""
         for held in self.held_out:
             held.scorer.load(policy.config.backend)
         engine = engine or policy.engine()
+        if renews:
+            await engine.update_weights(0)
         metrics, self.transcripts = await evaluate_sets(
             self.held_out,
             engine,
