@@ -1,0 +1,1 @@
+"""The backend of Megatron-Core: tensor, sequence, pipeline, context and expert parallelism."""
