@@ -47,7 +47,7 @@ OUTSIDE = {
 CONFINED = {
     "vllm": {"engines/worker/"},
     "sglang": set(),
-    "megatron": {"backends/megatron.py"},
+    "megatron": {"backends/megatron/"},
     "deepspeed": {"backends/deepspeed.py"},
     "ray": {"cluster/ray.py"},
     "peft": {"models/"},

@@ -46,7 +46,9 @@ def set_up(config: BackendConfig, seed: int) -> Layout:
     The numbering of ranks is that of `Layout`. Raises ConfigError for sizes that do not divide the ranks.
     """
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1
+        )
     size = dist.get_world_size()
     if size % config.model_parallel:
         raise ConfigError(

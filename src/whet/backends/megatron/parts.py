@@ -1,5 +1,7 @@
-"""The layers of a model: Megatron-Core's, with our attention, norms and rotations, so that streams of tokens with shared
-prefixes run through them on any device, divided in any way."""
+"""The layers of a model: Megatron-Core's, with our attention, norms and rotations.
+
+So streams of tokens with shared prefixes run through them, on any device and divided in any way.
+"""
 
 from __future__ import annotations
 

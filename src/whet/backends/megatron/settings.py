@@ -40,7 +40,9 @@ PARALLEL = {
 OURS = {
     **dict.fromkeys(("calculate_per_token_loss", "average_in_collective"), "whet weighs every token itself"),
     **dict.fromkeys(("grad_scale_func", "finalize_model_grads_func", "no_sync_func"), "whet sets it"),
-    **dict.fromkeys(("variable_seq_lengths", "pipeline_dtype", "perform_initialization", "init_method"), "whet sets it"),
+    **dict.fromkeys(
+        ("variable_seq_lengths", "pipeline_dtype", "perform_initialization", "init_method"), "whet sets it"
+    ),
     "virtual_pipeline_model_parallel_size": "each process holds one run of layers",
     "mtp_num_layers": "there is no loss for the prediction of further tokens",
     "hybrid_context_parallel": "whet divides the tokens itself",
@@ -67,8 +69,11 @@ DEFAULTS: dict[str, Any] = {
 def check_options(options: Mapping[str, Any], model: Blueprint) -> None:
     """Raises ConfigError, with all of them, for options that Megatron does not have, that whet sets, or that would make
     it compute something else than the model."""
-    known = {name for config in (MLATransformerConfig, OptimizerConfig, DistributedDataParallelConfig) for name in
-             (field.name for field in fields(config))}
+    known = {
+        name
+        for config in (MLATransformerConfig, OptimizerConfig, DistributedDataParallelConfig)
+        for name in (field.name for field in fields(config))
+    }
     problems = []
     for name in options:
         if name in PARALLEL:

@@ -1,1 +1,1 @@
-"""A model in Megatron-Core's terms: its settings, the names of its weights, its checkpoints. Needs no Megatron itself."""
+"""A model in Megatron-Core's terms: settings, names of weights, checkpoints. None of it needs Megatron itself."""

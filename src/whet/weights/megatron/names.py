@@ -148,9 +148,7 @@ def _in_expert(model: Blueprint, layer: int, expert: int, row: _Row) -> Weight:
     sources = tuple(f"model.layers.{layer}.mlp.experts.{expert}.{source}" for source in row.sources)
     key, index, of = _place(model, layer, f"mlp.experts.experts.{row.name}")
     name = f"decoder.layers.{layer}.mlp.experts.local_experts.{expert}.{row.name}"
-    return Weight(
-        name, sources, row.how, key, (*index, expert), (*of, model.num_experts), layer=layer, expert=expert
-    )
+    return Weight(name, sources, row.how, key, (*index, expert), (*of, model.num_experts), layer=layer, expert=expert)
 
 
 def _place(model: Blueprint, layer: int, name: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
