@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,23 @@ def vllm_python() -> str | None:
     given = os.environ.get("WHET_VLLM_PYTHON")
     place = Path(given) if given else ROOT / ".venv-vllm" / "bin" / "python"
     return str(place) if place.is_file() else None
+
+
+DOUBLE = ROOT / "tests" / "engines" / "sglang_double.py"
+
+
+def double_python(folder: Path) -> str:
+    """A Python in which `-m sglang.launch_server` is the stand-in."""
+    script = folder / "python"
+    packages = os.pathsep.join([str(ROOT / "src"), str(DOUBLE.parent)])
+    lines = [
+        "#!/bin/sh",
+        f'if [ "$1" = "-m" ]; then shift 2; PYTHONPATH="{packages}" exec "{sys.executable}" "{DOUBLE}" "$@"; fi',
+        f'exec "{sys.executable}" "$@"',
+    ]
+    script.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    script.chmod(0o755)
+    return str(script)
 
 
 @dataclass(frozen=True)

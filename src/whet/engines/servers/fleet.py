@@ -63,6 +63,7 @@ class Fleet:
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._homes: OrderedDict[str, int] = OrderedDict()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._looks: dict[int, asyncio.Task[Any]] = {}
         self._room = max(1, config.max_concurrent * 5 // 4)  # a little more than is decoded, so that none runs dry
         self.patience_s = max(5.0, 2 * config.health_interval_s)
         """Most seconds for a living server to say that it lives."""
@@ -100,7 +101,7 @@ class Fleet:
                     try:
                         reason = await self._at(server, request)
                     except Unreachable as error:
-                        self._move(server, request, error)
+                        await self._move(server, request, error)
                         if len(request.output) >= request.sampling.max_tokens:
                             return request.completion("length")
                     else:
@@ -125,14 +126,18 @@ class Fleet:
             request.scope = None
             self._wake(1)
 
-    def _move(self, server: Server, request: Request, error: Unreachable) -> None:
+    async def _move(self, server: Server, request: Request, error: Unreachable) -> None:
+        """Let a request go on elsewhere, once it is known whether its server lives."""
         request.num_moves += 1
         if request.num_moves > MAX_MOVES + len(self.servers):
             raise EngineError(f"a request failed {request.num_moves} times at different servers; the last: {error}")
         self.losses.num_moved += 1
         self.losses.tokens_kept += len(request.output)
         if server.state == "ready":
-            self._spawn(self._look(server))
+            if server.index not in self._looks:
+                self._looks[server.index] = look = self._spawn(self._look(server))
+                look.add_done_callback(lambda _: self._looks.pop(server.index))
+            await asyncio.wait({self._looks[server.index]})
 
     async def _choose(self, request: Request) -> Server | None:
         """The server that a request goes to, once there is one with room; None if it is aborted before."""
@@ -327,10 +332,11 @@ class Fleet:
             await server.dialect.pause(server.channel, CONTROL_S)
         self._wake()
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

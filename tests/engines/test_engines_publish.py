@@ -1,0 +1,178 @@
+"""Weights on their way to a server: what arrives, what it is called, and what is said when it does not arrive."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import httpx2
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from server_engines import Place, Trainer, engine_of
+from whet.errors import EngineError
+from whet.served import _scales
+from whet.types import Sampling
+from whet.weights.checkpoint_names import Naming, adapter_parameters, as_checkpoint
+from whet.weights.files import PREFIX
+from whet.weights.snapshot import Snapshot
+
+PROMPT = list(b"What is it?")
+
+
+@pytest.fixture
+def trainer(sglang_server: Place) -> Trainer:
+    return Trainer(sglang_server.model)
+
+
+@pytest.fixture
+async def make(sglang_server: Place, trainer: Trainer, tmp_path: Path):
+    """Engines on the one server, which has the trainer's weights to begin with, and is left with them."""
+    made = []
+
+    async def make(told=None, **settings):
+        publish = {"verify": "always", **settings.pop("publish", {})}
+        engine = engine_of(
+            "sglang", trainer, tmp_path, told=told, address=sglang_server.address, publish=publish, **settings
+        )
+        made.append(engine)
+        await engine.update_weights(trainer.snapshot(0))
+        return engine
+
+    yield make
+    for engine in made:
+        await engine.close()
+
+
+def difference(trainer: Trainer, completion) -> float:
+    expected = trainer.expected((*PROMPT, *completion.tokens), len(completion.tokens))
+    return max(abs(a - b) for a, b in zip(expected, completion.logprobs, strict=True))
+
+
+@pytest.mark.parametrize("by", ["file", "broadcast"])
+async def test_a_server_computes_with_what_was_published(make, trainer, by):
+    engine = await make(publish={"by": by, "bucket_mb": 1})
+    for version in (1, 2):
+        trainer.change(seed=version)
+        await engine.update_weights(trainer.snapshot(version))
+        completion = await engine.generate(PROMPT, Sampling(max_tokens=6, seed=1, ignore_eos=True))
+        assert difference(trainer, completion) < 1e-4
+        assert [(span.version, span.start, span.end) for span in completion.versions] == [(version, 0, 6)]
+    told = engine.metrics()
+    assert told["engine/probe_logprob_diff"] < 1e-4
+    assert told["engine/publish_mb"] == pytest.approx(sum(w.numel() * 4 for _, w in trainer.tensors()) / 2**20)
+    assert 0 < told["engine/publish_s"] < 30
+
+
+async def test_requests_in_flight_go_on_and_tell_which_policy_sampled_what(make, trainer):
+    engine = await make()
+    tasks = [
+        asyncio.create_task(engine.generate(PROMPT, Sampling(max_tokens=400, seed=i, ignore_eos=True), prefix_key="g"))
+        for i in range(4)
+    ]
+    while engine.health()["active"] < 4:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.3)
+    trainer.change(seed=5)
+    await engine.update_weights(trainer.snapshot(5))
+    for completion in await asyncio.gather(*tasks):
+        assert len(completion.tokens) == len(completion.logprobs) == 400
+        assert [span.version for span in completion.versions] == [0, 5]
+        assert (completion.versions[0].end, completion.versions[1].end) == (completion.versions[1].start, 400)
+
+
+async def test_a_server_that_keeps_its_old_weights_is_noticed(make, trainer, sglang_server):
+    engine = await make()
+    httpx2.post(f"{sglang_server.address}/test/deaf", json={"deaf": True}, trust_env=False)
+    try:
+        trainer.change(seed=3)
+        with pytest.raises(EngineError, match=r"version 1 without an error and answers as before, to the last digit"):
+            await engine.update_weights(trainer.snapshot(1))
+    finally:
+        httpx2.post(f"{sglang_server.address}/test/deaf", json={"deaf": False}, trust_env=False)
+    await engine.update_weights(trainer.snapshot(2))
+    assert engine.metrics()["engine/probe_logprob_diff"] < 1e-4
+
+
+async def test_weights_that_somebody_else_has_published_are_noticed(make, trainer, sglang_server):
+    engine = await make()
+    body = {"new_version": "someone's", "abort_all_requests": False}
+    httpx2.post(f"{sglang_server.address}/update_weight_version", json=body, trust_env=False)
+    with pytest.raises(EngineError, match=r"version \"someone's\", which this run has not published"):
+        await engine.generate(PROMPT, Sampling(max_tokens=2, ignore_eos=True))
+
+
+async def test_a_server_whose_weights_are_not_those_at_the_start_is_noticed(trainer, sglang_server, tmp_path):
+    trainer.change(seed=9)
+    engine = engine_of("sglang", trainer, tmp_path, address=sglang_server.address)
+    try:
+        with pytest.raises(EngineError, match="computes something else"):
+            await engine.generate(PROMPT, Sampling(max_tokens=2))
+    finally:
+        await engine.close()
+
+
+async def test_what_is_published_at_the_start_where_the_folder_is_not_the_policy(trainer, sglang_server, tmp_path):
+    trainer.change(seed=9)
+    engine = engine_of(
+        "sglang", trainer, tmp_path, address=sglang_server.address, told={"holds_current": lambda: False}
+    )
+    try:
+        assert difference(trainer, await engine.generate(PROMPT, Sampling(max_tokens=4, ignore_eos=True))) < 1e-4
+    finally:
+        await engine.close()
+
+
+async def test_files_go_when_others_take_their_place_and_at_the_end(make, trainer, tmp_path):
+    engine = await make(publish={"folder": str(tmp_path / "here")})
+    await engine.update_weights(trainer.snapshot(1))
+    (place,) = (tmp_path / "here").glob(f"{PREFIX}*")
+    assert [folder.name for folder in place.iterdir()] == ["v1"]
+    await engine.close()
+    assert not place.exists()
+
+
+async def test_an_adapter_is_sent_alone_or_merged(sglang_server, tmp_path, make):
+    trainer = Trainer(sglang_server.model)
+    await make()
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(0)
+    trainer.model = get_peft_model(trainer.model, lora).eval()
+    naming = Naming("qwen3", _scales(trainer.model))
+
+    def snapshot(version: int) -> Snapshot:
+        return Snapshot(
+            version,
+            lambda: as_checkpoint(trainer.tensors(), naming),
+            lambda: adapter_parameters(trainer.tensors()),
+        )
+
+    import json
+
+    config = json.dumps(
+        trainer.model.peft_config["default"].to_dict(),
+        default=lambda one: sorted(one) if isinstance(one, set) else str(one),
+    )
+    sizes = {}
+    for how, told in (("alone", {"adapter": config, "adapter_rank": 4}), ("merged", {})):
+        engine = engine_of(
+            "sglang",
+            trainer,
+            tmp_path,
+            address=sglang_server.address,
+            publish={"verify": "always"},
+            told={"snapshot": snapshot, "holds_current": lambda: False, **told},
+        )
+        try:
+            completion = await engine.generate(PROMPT, Sampling(max_tokens=5, ignore_eos=True))
+            assert difference(trainer, completion) < 1e-4
+            trainer.change(seed=1, names=lambda name: "lora_" in name)
+            await engine.update_weights(snapshot(3))
+            completion = await engine.generate(PROMPT, Sampling(max_tokens=5, ignore_eos=True))
+            assert difference(trainer, completion) < 1e-4
+            assert [span.version for span in completion.versions] == [3]
+            sizes[how] = engine.metrics()["engine/publish_mb"]
+        finally:
+            await engine.close()
+    assert sizes["alone"] < sizes["merged"] / 4
