@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Set
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from whet.annotate import Top
+from whet.backends.slices import SlicedSegments, Slices
 from whet.batch import Batch
 from whet.losses.base import Output
 from whet.losses.distill import Divergence, TopK
@@ -44,6 +45,11 @@ class Forward:
         self.decoder = decoder(model)
         self.value_head: nn.Module | None = None
         """What `values` are read by; the model's score head when not set."""
+        self.slices: Slices | None = None
+        """How this rank shares each stream with others; None: it has it for itself."""
+        self.enter: Callable[[Callable[[], Any]], Any] = _call
+        """Calls a function inside of which weights that are sharded over ranks are there as a whole. Set where there
+        are other ranks: they then all run through the whole model, whether or not anything is trained."""
         self._vocabulary: int | None = None
         self._teacher: weakref.ref[Forward] | None = None
 
@@ -65,9 +71,17 @@ class Forward:
         """Whether batches are to be collated with shared prefixes."""
         return self.mode == "tree"
 
-    def installed(self):
-        """The context in which `__call__` runs: the model attends as `mode` needs."""
-        return nullcontext() if self.mode == "rows" else attention(base(self.model))
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The context in which `__call__` runs, and the backward pass after it: the model attends as `mode` needs."""
+        if self.mode == "rows":
+            yield
+        elif self.slices is None:
+            with attention(base(self.model)):
+                yield
+        else:
+            with attention(base(self.model)), self.slices.in_use():
+                yield
 
     def __call__(self, batch: Batch, outputs: Set[Output]) -> dict[Output, Tensor]:
         """`outputs` for this micro-batch: `scores` [N]; `hidden` [T, H], the state that predicts each trained token;
@@ -77,20 +91,25 @@ class Forward:
         known = EXTRAS | {"logprobs", "scores", "hidden", "values"}
         unknown = [one for one in outputs if one not in known and not isinstance(one, REQUESTS)]
         assert not unknown, f"a language model has no outputs {unknown}"
+        return self.enter(lambda: self._compute(batch, outputs))
+
+    def _compute(self, batch: Batch, outputs: Set[Output]) -> dict[Output, Tensor]:
         trained = batch.loss_mask.nonzero()[:, 0]
-        if not len(trained) and "scores" not in outputs:
+        if not len(trained) and "scores" not in outputs and self.enter is _call:
             return self._nothing(batch, outputs)
         stream = (self._rows if self.mode == "rows" else self._tree)(batch)
         result: dict[Output, Tensor] = {"scores": self._scores(batch, stream)} if "scores" in outputs else {}
         if wanted := outputs - {"scores"}:
             looks = _Looks.at(trained, stream, shared=len(stream.tokens) < batch.num_tokens)
-            values = self._values(batch, stream, looks, wanted)
+            own = stream.own(looks.predictors)
+            values = self._values(batch, stream, looks if own is None else looks.part(own), wanted)
+            values = {name: self._combined(value, own, looks.predictors) for name, value in values.items()}
             result |= {name: _to_rows(value, looks, trained, batch.num_tokens) for name, value in values.items()}
         return result
 
     def _values(self, batch: Batch, stream: _Stream, looks: _Looks, outputs: Set[Output]) -> dict[Output, Tensor]:
         """Outputs [K, ...] at the looks."""
-        seen, own = stream.hidden[looks.predictors], head(self.model)
+        seen, own = stream.at(looks.predictors), head(self.model)
         values: dict[Output, Tensor] = {"hidden": seen} if "hidden" in outputs else {}
         if "values" in outputs:
             values["values"] = _scalar(self.value_head or score_head(self.model), seen)
@@ -147,21 +166,34 @@ class Forward:
 
     def _scores(self, batch: Batch, stream: _Stream) -> Tensor:
         """[N] the score head at the last token of each sequence."""
-        return _scalar(score_head(self.model), stream.hidden[stream.places[batch.cu_seqlens[1:].long() - 1]])
+        places = stream.places[batch.cu_seqlens[1:].long() - 1]
+        own = stream.own(places)
+        scores = _scalar(score_head(self.model), stream.at(places if own is None else places[own]))
+        return self._combined(scores, own, places)
+
+    def _combined(self, values: Tensor, own: Tensor | None, places: Tensor) -> Tensor:
+        """Values [k, ...] at those of the places that are this rank's `own`, for all of them."""
+        if own is None:
+            return values
+        assert self.slices is not None, "a rank that has only some places has only a slice"
+        return self.slices.combine(values, own, len(places))
 
     def _tree(self, batch: Batch) -> _Stream:
-        """The tree's stream through the decoder."""
-        tree, device = batch.tree, batch.tokens.device
+        """The tree's stream, or this rank's slice of it, through the decoder."""
+        tree, device, slices = batch.tree, batch.tokens.device, self.slices
+        if slices is not None:
+            tree = slices.padded(tree)
+        part = slice(0, tree.num_tokens) if slices is None else slices.own(tree.num_tokens)
         tokens = torch.from_numpy(tree.tokens).to(device)
         hidden = self.decoder(
-            input_ids=tokens[None],
-            position_ids=torch.from_numpy(tree.position_ids).to(device)[None],
+            input_ids=tokens[None, part],
+            position_ids=torch.from_numpy(tree.position_ids).to(device)[None, part],
             attention_mask=None,
             use_cache=False,
-            attention_context=Segments(tree, device),
+            attention_context=Segments(tree, device) if slices is None else SlicedSegments(tree, slices, device),
         ).last_hidden_state[0]
         predecessors = torch.from_numpy(tree.predecessors).to(device)
-        return _Stream(hidden, tokens, torch.from_numpy(tree.index).to(device), predecessors)
+        return _Stream(hidden, tokens, torch.from_numpy(tree.index).to(device), predecessors, part)
 
     def _rows(self, batch: Batch) -> _Stream:
         """The same from rows padded on the right to the longest."""
@@ -172,18 +204,34 @@ class Forward:
         hidden = self.decoder(
             input_ids=tokens.view(-1, longest), attention_mask=mask.view(-1, longest), use_cache=False
         ).last_hidden_state.flatten(0, 1)
-        return _Stream(hidden, tokens, places, torch.arange(len(tokens), device=tokens.device) - 1)
+        predecessors = torch.arange(len(tokens), device=tokens.device) - 1
+        return _Stream(hidden, tokens, places, predecessors, slice(0, len(tokens)))
+
+
+def _call(function: Callable[[], Any]) -> Any:
+    return function()
 
 
 @dataclass(frozen=True)
 class _Stream:
-    """What the model ran on: P places with hidden states [P, H], tokens and predecessors [P]; `places` [T] says where
-    each token of the batch stands."""
+    """What the model ran on: P places with tokens and predecessors [P]; `places` [T] says where each token of the
+    batch stands. Hidden states [n, H] are those of `part` of the places."""
 
     hidden: Tensor
     tokens: Tensor
     places: Tensor
     predecessors: Tensor
+    part: slice
+
+    def own(self, places: Tensor) -> Tensor | None:
+        """[k] which of these places have hidden states here; None: all."""
+        if len(self.hidden) == len(self.tokens):
+            return None
+        return ((places >= self.part.start) & (places < self.part.stop)).nonzero()[:, 0]
+
+    def at(self, places: Tensor) -> Tensor:
+        """Hidden states [k, H] at places of `part`."""
+        return self.hidden[places - self.part.start]
 
 
 @dataclass(frozen=True)
@@ -205,6 +253,10 @@ class _Looks:
             # The first of those that share a look: what a column says of them follows from their common prefix.
             tokens = trained.max().expand(len(places)).scatter_reduce(0, inverse, trained, "amin")
         return cls(stream.predecessors[places], stream.tokens[places], inverse, tokens)
+
+    def part(self, which: Tensor) -> _Looks:
+        """Some of these looks."""
+        return _Looks(self.predictors[which], self.targets[which], None, self.tokens[which])
 
 
 def _scalar(head: nn.Module, hidden: Tensor) -> Tensor:

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from whet.backends.device import Arithmetic
-from whet.backends.forward import Mode
+from whet.backends.forward import Forward, Mode
 from whet.backends.optimizer import adamw
 from whet.backends.parity import choose_mode
+from whet.backends.passes import backward_pass, forward_pass, looked
 from whet.batch import Batch
 from whet.checkpoints.state import load_optimizer, read_json, save_optimizer, write_json
 from whet.config.backend import BackendConfig
 from whet.config.optim import OptimConfig
 from whet.errors import TrainingError
 from whet.flops import ModelFlops, peak_flops
-from whet.losses.base import PER_SEQUENCE, Output
+from whet.losses.base import Output
 from whet.methods import Term
 from whet.models.adapters import adapter_off, trainable_summary
 from whet.models.digest import digest
@@ -30,7 +31,6 @@ from whet.models.export import save_model
 from whet.models.parts import base
 from whet.models.restore import load_weights
 from whet.models.scores import load_head, save_head, value_head
-from whet.tally import Tally
 
 SCALER_FILE = "scaler.json"
 CRITIC_FOLDER = "critic"
@@ -62,22 +62,32 @@ class LocalBackend:
         temperature: float = 1.0,
         values: bool = False,
     ):
-        self.model, self.tokenizer = model.to(arithmetic.device), tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.config, self.arithmetic = config, arithmetic
-        self.compute = choose_mode(model, attention, arithmetic, temperature=temperature, chunk_mb=config.head_chunk_mb)
-        self.value_head = value_head(model) if values else None
-        self.compute.value_head = self.value_head
         self.counts = ModelFlops(model)
         self.flops = 0.0
         """Floating-point operations of all passes so far."""
+        self.value_head = value_head(model) if values else None
+        self._place()
+        modes = {"temperature": temperature, "chunk_mb": config.head_chunk_mb, "made": self._forward}
+        self.compute = choose_mode(model, attention, arithmetic, **modes)
+        self.compute.value_head = self.value_head
         self.optim = optim
         self.optimizer = None
         if optim is not None:
             if config.activation_checkpointing:
-                _checkpoint_activations(base(model))
+                checkpoint_activations(base(model))
             self.optimizer = adamw(model, optim, beside=self.value_head)
         scales = arithmetic.autocast == torch.float16
         self.scaler = torch.amp.GradScaler(arithmetic.device.type, enabled=scales)
+
+    def _place(self) -> None:
+        """Bring the model to where it is trained."""
+        self.model.to(self.arithmetic.device)
+        if self.value_head is not None:
+            self.value_head.to(self.arithmetic.device)
+
+    _forward = staticmethod(Forward)
 
     @property
     def shares_prefixes(self) -> bool:
@@ -92,48 +102,26 @@ class LocalBackend:
         name = torch.cuda.get_device_name(self.arithmetic.device)
         return peak_flops(name, self.arithmetic.autocast, self.arithmetic.matmul)
 
-    @torch.no_grad()
     def forward(self, batch: Batch, outputs: Set[Output]) -> dict[Any, Tensor]:
         """Outputs over the whole batch, on the batch's device."""
         self.model.eval()
-        self.flops += self.counts.forward(batch.tree, _looked(batch, outputs))
-        results: dict[Any, Tensor] = {}
-        with self.compute.installed():
-            for units in self._micro_batches(batch):
-                micro = batch.select(units)
-                chosen = torch.tensor(units, device=batch.unit_ids.device)
-                sequences = torch.isin(batch.unit_ids, chosen)
-                with self.arithmetic.context():
-                    out = self.compute(micro.to(self.arithmetic.device), outputs)
-                for name, values in out.items():
-                    rows = sequences if name in PER_SEQUENCE else sequences[batch.sequence_ids]
-                    if name not in results:
-                        results[name] = values.new_zeros(len(rows), *values.shape[1:]).to(batch.tokens.device)
-                    results[name][rows] = values.to(results[name].device)
-        return results
+        self.flops += self.counts.forward(batch.tree, looked(batch, outputs))
+        return forward_pass(self.compute, self.arithmetic, batch, self._micro_batches(batch), outputs)
 
     def forward_backward(self, batch: Batch, terms: Sequence[Term]) -> dict[str, float]:
         """Add up the gradient over micro-batches; see `Backend.forward_backward`."""
         self.model.train()
-        tally = Tally(terms)
         outputs = frozenset().union(*(term.outputs for term in terms))
-        self.flops += self.counts.forward_backward(batch.tree, _looked(batch, outputs))
-        with self.compute.installed():
-            for units in self._micro_batches(batch):
-                micro = batch.select(units).to(self.arithmetic.device)
-                try:
-                    with self.arithmetic.context():
-                        out = self.compute(micro, outputs)
-                    loss = tally.add(out, micro)
-                    if loss.requires_grad:  # else no token of this micro-batch is trained
-                        self.scaler.scale(loss).backward()
-                except torch.OutOfMemoryError as error:
-                    remedies = {"max_tokens": self.config.max_tokens_per_device, "chunk_mb": self.config.head_chunk_mb}
-                    raise TrainingError(OUT_OF_MEMORY.format(**remedies)) from error
+        self.flops += self.counts.forward_backward(batch.tree, looked(batch, outputs))
+        with explained(self.config):
+            tally = backward_pass(self.compute, self.arithmetic, self._micro_batches(batch), terms, self._backward)
         result = tally.finish()
         if not math.isfinite(result["loss"]):
             raise TrainingError(tally.not_finite(result["loss"]))
         return result
+
+    def _backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
 
     def optim_step(self, lr: float) -> dict[str, float]:
         """Clip the gradient, step, clear; returns `grad_norm` before clipping."""
@@ -142,7 +130,7 @@ class LocalBackend:
         if all(p.grad is None for p in trainable):  # no token of the batch was trained
             return {"grad_norm": 0.0}
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(trainable, self.optim.max_grad_norm or float("inf"))
+        norm = self._clip(trainable, self.optim.max_grad_norm or float("inf"))
         if not self.scaler.is_enabled() and not torch.isfinite(norm):
             raise TrainingError(
                 f"the gradient norm is {norm.item()}, although the loss is finite; lower optim.lr, or use "
@@ -154,6 +142,10 @@ class LocalBackend:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm.item()}
+
+    def _clip(self, trainable: list[nn.Parameter], limit: float) -> Tensor:
+        """The norm of the gradient, which is at most `limit` afterwards."""
+        return nn.utils.clip_grad_norm_(trainable, limit)
 
     def save(self, folder: Path) -> None:
         """Weights as transformers or peft load them, and the optimizer beside them."""
@@ -211,6 +203,9 @@ class LocalBackend:
         self.model.to(device)
         if self.value_head is not None:
             self.value_head.to(device)
+        self._move_optimizer(device)
+
+    def _move_optimizer(self, device: torch.device) -> None:
         if self.optimizer is not None:
             for state in self.optimizer.state.values():
                 state.update({k: v.to(device) for k, v in state.items() if isinstance(v, Tensor) and k != "step"})
@@ -233,16 +228,23 @@ class LocalBackend:
         """A hash of what outputs follow from, an adapter left out."""
         return digest(self.model)
 
-    def _micro_batches(self, batch: Batch) -> list[list[int]]:
-        return batch.micro_batches(self.config.max_tokens_per_device, self.config.micro_batch_size)
+    def _micro_batches(self, batch: Batch) -> Iterator[tuple[list[int], Batch]]:
+        for units in batch.micro_batches(self.config.max_tokens_per_device, self.config.micro_batch_size):
+            yield units, batch.select(units)
 
 
-def _looked(batch: Batch, outputs: Set[Output]) -> int:
-    """Tokens that the language-model head runs on."""
-    return 0 if outputs <= {"values", *PER_SEQUENCE} else int(batch.num_trained.sum())
+@contextmanager
+def explained(config: BackendConfig) -> Iterator[None]:
+    """Within this context a GPU that runs out of memory is told of with what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        remedies = {"max_tokens": config.max_tokens_per_device, "chunk_mb": config.head_chunk_mb}
+        raise TrainingError(OUT_OF_MEMORY.format(**remedies)) from error
 
 
-def _checkpoint_activations(model: PreTrainedModel) -> None:
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass, layer by layer."""
     # The newer name where there is one: the older then warns.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})

@@ -21,13 +21,15 @@ def adamw(model: nn.Module, config: OptimConfig, *, beside: nn.Module | None = N
         trainable += beside.parameters()
     if not trainable:
         raise ConfigError("no weight is trainable; loosen model.freeze or choose an adapter")
+    # A fused step takes tensors that are divided over the same ranks.
+    meshes = dict.fromkeys(getattr(p, "device_mesh", None) for p in trainable)
     groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        {"params": params, "weight_decay": config.weight_decay if decays else 0.0}
+        for mesh in meshes
+        for decays in (True, False)
+        if (params := [p for p in trainable if (p.dim() >= 2) == decays and getattr(p, "device_mesh", None) == mesh])
     ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def learning_rate(config: OptimConfig, step: int, total: int) -> float:

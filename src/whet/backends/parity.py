@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -35,15 +36,17 @@ def choose_mode(
     *,
     temperature: float = 1.0,
     chunk_mb: int,
+    made: Callable[..., Forward] = Forward,
 ) -> Forward:
     """The first of tree, packed, rows (or the wanted one) whose logprobs agree with the model's own forward.
 
-    Says which was taken when it is not the first. Raises ModelError with the difference when none agrees.
+    `made` makes what is tried, of the arguments of `Forward`. Says which was taken when it is not the first. Raises
+    ModelError with the difference when none agrees.
     """
     modes = MODES if wanted == "auto" else (wanted,)
     found: list[str] = []
     for mode in modes:
-        forward = Forward(model, mode, temperature=temperature, chunk_mb=chunk_mb)
+        forward = made(model, mode, temperature=temperature, chunk_mb=chunk_mb)
         why = disagreement(forward, arithmetic)
         if why is None:
             _say(model, mode, found)
@@ -75,14 +78,14 @@ def disagreement(forward: Forward, arithmetic: Arithmetic) -> str | None:
     model.eval()
     try:
         with arithmetic.context():
-            expected = own_logprobs(model, batch, forward.temperature)
+            expected = forward.enter(lambda: own_logprobs(model, batch, forward.temperature))
             if not torch.isfinite(expected).all():
                 raise ModelError(
                     f"the logprobs of {type(base(model)).__name__}'s own forward are not finite; its weights hold NaN "
                     "or infinity, or the precision overflows (model.dtype, backend.precision)"
                 )
             try:
-                if forward.mode != "rows" and (why := _hidden_mixing(model, arithmetic.device)):
+                if forward.mode != "rows" and (why := forward.enter(lambda: _hidden_mixing(model, arithmetic.device))):
                     return f"cannot be: {why}"
                 with forward.installed():
                     ours = forward(batch, {"logprobs"})["logprobs"]
@@ -104,7 +107,7 @@ def _rounding(forward: Forward, arithmetic: Arithmetic, batch: Batch, rounded: T
         return torch.zeros(1, device=rounded.device)
     torch.set_float32_matmul_precision("highest")
     try:
-        exact = own_logprobs(forward.model, batch, forward.temperature)
+        exact = forward.enter(lambda: own_logprobs(forward.model, batch, forward.temperature))
     finally:
         torch.set_float32_matmul_precision(arithmetic.matmul)
     return (rounded - exact).abs()[batch.loss_mask]

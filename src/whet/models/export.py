@@ -54,19 +54,41 @@ def _require_finite(model: nn.Module) -> None:
 
 
 def _save_weights(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None):
+    _name_pad(model, tokenizer)
+    unused = unsaved_names(model)
+    state = {name: tensor for name, tensor in _cast(model.state_dict(), dtype).items() if name not in unused}
+    model.save_pretrained(folder, state_dict=state)
+    # transformers writes the dtype of the model at hand, not that of the weights it was given.
+    _amend_config(model, tokenizer, folder, {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")})
+
+
+def save_settings(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Everything that `save_model` writes but the weights, for a model whose weights come by themselves."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _name_pad(model, tokenizer)
+    told = {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
+    model.config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    _amend_config(model, tokenizer, folder, told)
+    tokenizer.save_pretrained(folder)
+
+
+def unsaved_names(model: nn.Module) -> set[str]:
+    """Weights that files go without: the head for words of a reward model."""
+    return head_names(model) if hasattr(model, "score") else set()
+
+
+def _name_pad(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     generation = getattr(model, "generation_config", None)
     if generation is not None and generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
-    state = _cast(model.state_dict(), dtype)
-    settings: dict[str, Any] = {}
+
+
+def _amend_config(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, settings: dict[str, Any]) -> None:
+    """Settings, and those of a reward model, over what `config.json` says."""
     if hasattr(model, "score"):
-        unused = head_names(model)
-        state = {name: tensor for name, tensor in state.items() if name not in unused}
-        settings = classifier_settings(model, tokenizer)
-    model.save_pretrained(folder, state_dict=state)
-    if dtype is not None:
-        # transformers writes the dtype of the model at hand, not that of the weights it was given.
-        settings["dtype"] = str(dtype).removeprefix("torch.")
+        settings = {**settings, **classifier_settings(model, tokenizer)}
     if settings:
         path = folder / "config.json"
         config = json.loads(path.read_text(encoding="utf-8")) | settings
@@ -77,8 +99,13 @@ def _save_adapter(model: nn.Module, folder: Path, dtype: torch.dtype | None) -> 
     # Not model.save_pretrained: it adds a README of its own and may ask the hub about the embedding.
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    state = {name: tensor.contiguous() for name, tensor in _cast(state, dtype).items()}
+    save_adapter(model, folder, _cast(get_peft_model_state_dict(model, save_embedding_layers=False), dtype))
+
+
+def save_adapter(model: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write these weights of the model's adapter, named as peft names them, and its configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = model.peft_config[model.active_adapter]
     before = config.base_model_name_or_path, config.inference_mode

@@ -21,6 +21,7 @@ from transformers import (
 from whet.config.model import FreezeConfig, ModelConfig
 from whet.errors import ModelError
 from whet.models import adapters, quantize
+from whet.models.hollow import hollow_model
 from whet.models.parts import base
 from whet.models.scores import add_score_head, head_names, is_reward_adapter, read_score_head, refuse_reward_model
 from whet.models.source import adapter_base, check_tokenizer_files, check_weights, load_config, locate, translate
@@ -66,13 +67,15 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(cfg: ModelConfig, device: torch.device, *, scores: bool = False) -> PreTrainedModel:
+def load_model(
+    cfg: ModelConfig, device: torch.device, *, scores: bool = False, hollow: bool = False
+) -> PreTrainedModel:
     """The model on `device` in `cfg.dtype`, its adapter in place and its frozen weights frozen.
 
     A folder that holds an adapter alone is loaded on top of its base model. With `scores` it is a reward model:
     any causal language model with a scalar head beside its own (see `parts.score_head`), which is read from the
     files if they hold one, and otherwise new, drawn from torch's random numbers. Quantised weights without an
-    adapter are all frozen.
+    adapter are all frozen. A `hollow` one has all this but no weights (see `models.hollow`), and is on the CPU.
     Raises ModelError for weights that are missing, or of another shape than the configuration says, and for a
     reward model where none is asked for.
     """
@@ -80,7 +83,10 @@ def load_model(cfg: ModelConfig, device: torch.device, *, scores: bool = False) 
     inner = below or cfg
     config = _checked_config(inner)
     _check_kind(cfg, inner, config, scores)
-    model = _load_weights(inner, device, scores)
+    if hollow:
+        model = hollow_model(config, getattr(torch, inner.dtype), trust_remote_code=inner.trust_remote_code)
+    else:
+        model = _load_weights(inner, device, scores)
     if scores:
         add_score_head(model, read_score_head(inner, config))
     if below is not None:

@@ -62,7 +62,7 @@ def open_folder(folder: Path) -> Stored:
     Of a checkpoint that holds an optimizer as well, the model is read. Raises ModelError for a folder that was not
     written to its end, without configuration, or whose metadata holds more than a description of tensors.
     """
-    reader = _Reader(folder)
+    reader = Reader(folder)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     _check_files(folder, metadata)
@@ -153,7 +153,7 @@ def _write_metadata(entries: Mapping[str, Entry], places: dict[MetadataIndex, _S
         pickle.dump(metadata, file)
 
 
-class _Reader(FileSystemReader):
+class Reader(FileSystemReader):
     """PyTorch's reader, whose metadata cannot run code, and which reads tensor by tensor."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -214,7 +214,7 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
             raise ModelError(f"{path} {what}; copy the folder again, or write it again")
 
 
-def _of_training(reader: _Reader, inside: Mapping[str, Entry], arguments: Mapping[str, bytes], folder: Path) -> Stored:
+def _of_training(reader: Reader, inside: Mapping[str, Entry], arguments: Mapping[str, bytes], folder: Path) -> Stored:
     """A checkpoint that no conversion wrote: a model's state, perhaps as it is in memory, perhaps with more."""
     names, model = _found(inside, arguments, folder)
 

@@ -1,0 +1,181 @@
+"""What every backend that spreads a model over ranks must do: train as `local` does on the same global batches.
+
+One set of processes runs all cases of a backend; each test compares one of them with the same training in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.contract.training import BACKENDS, Case, make, on_ranks, train
+from whet.models.tiny import make_tiny
+
+ADAPTER = {"rank": 4, "init": "pissa"}
+SHORT = (1, 3, 4)
+"""Units of the long trainings."""
+
+
+def settings(**given: Any) -> dict[str, Any]:
+    return {"settings": given}
+
+
+TWO_RANKS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    **{
+        f"{method}, {name}": ("qwen3", {"method": method, "steps": 20, "units": SHORT, "settings": layout})
+        for method in ("sft", "dpo", "grpo")
+        for name, layout in {
+            "data": {},
+            "tensor": {"tensor_parallel": 2},
+            "context": {"context_parallel": 2, "micro_batch_size": 2},
+        }.items()
+    },
+    "awkward units, one by one": ("llama", {"method": "grpo", **settings(micro_batch_size=1)}),
+    "three units": ("llama", {"units": (0, 4, 5), **settings(micro_batch_size=1)}),
+    "one unit": ("qwen3", {"units": (0,)}),
+    "nothing trained on one rank": ("qwen3", {"units": (4, 3)}),
+    "scores": ("llama", {"method": "reward", **settings(context_parallel=2)}),
+    "values": ("qwen3", {"method": "values", **settings(tensor_parallel=2)}),
+    "adapter": ("qwen3", {"adapter": {"rank": 4}, **settings(tensor_parallel=2)}),
+    "adapter of a reward model": ("qwen3", {"method": "reward", "adapter": ADAPTER}),
+    "recomputed": ("llama", settings(activation_checkpointing=True, tensor_parallel=2)),
+    "kept gathered": ("llama", settings(reshard_after_forward=False)),
+    "offloaded": ("llama", settings(offload="all")),
+    "optimizer offloaded": ("llama", settings(offload="optimizer")),
+    "experts of data ranks": ("qwen3_moe", settings(expert_parallel=2, micro_batch_size=2)),
+    "experts of context ranks": ("qwen3_moe", settings(expert_parallel=2, context_parallel=2)),
+    "experts recomputed, one unit": ("qwen3_moe", {"units": (3,), **settings(expert_parallel=2)}),
+    "latent attention": ("deepseek_v3", settings(tensor_parallel=2)),
+    "latent attention, experts": ("deepseek_v3", settings(expert_parallel=2, context_parallel=2)),
+    "fused width": ("glm4", settings(tensor_parallel=2)),
+}
+KEPT: Mapping[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "weights": ("qwen3", {}, {}, {"tensor_parallel": 2}),
+    "divided matrices": ("llama", {"method": "values"}, {"tensor_parallel": 2}, {}),
+    "adapter": ("qwen3", {"adapter": ADAPTER}, {}, {"context_parallel": 2}),
+    "reward model": ("llama", {"method": "reward"}, {}, {"offload": "all"}),
+    "experts": ("qwen3_moe", {}, {"expert_parallel": 2}, {}),
+}
+"""Trainings that are saved under one layout and gone on with under another: model, case, the two layouts."""
+FOUR_RANKS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "data, tensor": ("llama", {"method": "dpo", **settings(tensor_parallel=2, micro_batch_size=1)}),
+    "context, tensor": ("qwen3", {"method": "grpo", **settings(tensor_parallel=2, context_parallel=2)}),
+    "more ranks than heads of keys": ("qwen3", settings(context_parallel=4)),
+    "more ranks than units": ("llama", {"method": "grpo", "units": (0, 3, 5)}),
+    "replicated experts": ("qwen3_moe", settings(expert_parallel=2)),
+    "experts, tensor": ("qwen3_moe", settings(expert_parallel=2, tensor_parallel=2)),
+}
+OFFERS: Mapping[str, set[str]] = {
+    "fsdp": {"tensor_parallel", "context_parallel", "expert_parallel", "offload", "reshard_after_forward"},
+}
+"""Settings that a backend has; cases with others are left out for it."""
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    folder = tmp_path_factory.mktemp("families")
+    families = ("qwen3", "llama", "qwen3_moe", "deepseek_v3", "glm4")
+    untied = {"llama": {"tie_embeddings": False}}
+    return {one: str(make_tiny(folder / one, family=one, **untied.get(one, {}))) for one in families}
+
+
+def case_of(models: Mapping[str, str], model: str, given: dict[str, Any]) -> Case:
+    return Case(models[model], **{"steps": 3, **given})
+
+
+def offered(backend: str, given: Mapping[str, Any]) -> bool:
+    common = {"micro_batch_size", "activation_checkpointing"}
+    return {*given.get("settings", {})} <= OFFERS[backend] | common
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def two(request: pytest.FixtureRequest, models, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+    """What two ranks found, by case."""
+    backend, kept = request.param, tmp_path_factory.mktemp("kept")
+    chosen = {name: (model, given) for name, (model, given) in TWO_RANKS.items() if offered(backend, given)}
+    cases = {name: case_of(models, model, given) for name, (model, given) in chosen.items()}
+    for name, (model, given, before, after) in KEPT.items():
+        if offered(backend, {"settings": {**before, **after}}):
+            case = case_of(models, model, {**given, "steps": 4})
+            cases[f"{name} saved"] = replace(case, settings=before, save_to=str(kept / name))
+            cases[f"{name} loaded"] = replace(case, settings=after, load_from=str(kept / name))
+    return {"backend": backend, "kept": kept, "cases": cases, **on_ranks(backend, cases, 2)}
+
+
+@pytest.fixture(scope="session")
+def four(two, models) -> Mapping[str, Any]:
+    """What four ranks found, and what they made of a checkpoint of two."""
+    chosen = {name: (model, given) for name, (model, given) in FOUR_RANKS.items() if offered(two["backend"], given)}
+    cases = {name: case_of(models, model, given) for name, (model, given) in chosen.items()}
+    cases["weights of two"] = replace(
+        two["cases"]["weights saved"], save_to=None, load_from=str(two["kept"] / "weights")
+    )
+    return {"backend": two["backend"], "cases": cases, **on_ranks(two["backend"], cases, 4)}
+
+
+@cache
+def alone(model: str, method: str, adapter: tuple | None, units: tuple | None, steps: int) -> dict[str, Any]:
+    """The same training in one process."""
+    case = Case(model, method, adapter=dict(adapter) if adapter else None, units=units, steps=steps)
+    return train(case, make(case))
+
+
+def assert_same_training(found: Mapping[str, Any], name: str) -> None:
+    if name not in found:
+        pytest.skip(f"the backend {found['backend']} has no such settings")
+    case, ours = found["cases"][name], found[name]
+    adapter = tuple(sorted(case.adapter.items())) if case.adapter else None
+    local = alone(case.model, case.method, adapter, case.units, case.steps)
+    done = case.steps // 2 if case.load_from else 0
+    for key in ("outputs", "after"):
+        assert ours[key].keys() == local[key].keys()
+        for output, values in local[key].items():
+            assert torch.allclose(ours[key][output], values, atol=1e-4 if key == "after" else 1e-5), (key, output)
+    assert ours["losses"] == pytest.approx(local["losses"][done:], abs=1e-5)
+    assert ours["norms"] == pytest.approx(local["norms"][done:], rel=1e-4)
+    for own, other in zip(ours["metrics"], local["metrics"][done:], strict=True):
+        assert own == pytest.approx(other, rel=1e-3, abs=1e-4)
+    assert ours["weights"].keys() == local["weights"].keys()
+    for weight, values in local["weights"].items():
+        # Not number by number: Adam makes whole steps of gradients that are nothing but rounding.
+        assert (ours["weights"][weight] - values).norm() <= 1e-3 * values.norm(), weight
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_two_ranks_train_as_one_process_does(two, name):
+    assert_same_training(two, name)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_training_goes_on_under_another_layout_as_if_it_had_not_stopped(two, name):
+    assert_same_training(two, f"{name} saved")
+    assert_same_training(two, f"{name} loaded")
+
+
+@pytest.mark.parametrize("name", [*FOUR_RANKS, "weights of two"])
+def test_four_ranks_train_as_one_process_does(four, name):
+    assert_same_training(four, name)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_checkpoint_of_ranks_is_one_of_a_single_process(two, models, name, tmp_path: Path):
+    """The same files with the same weights, and a local backend goes on from them but for the optimizer."""
+    model, given, _, _ = KEPT[name]
+    if f"{name} saved" not in two:
+        pytest.skip(f"the backend {two['backend']} has no such settings")
+    case = case_of(models, model, {**given, "steps": 0})
+    local = make(case)
+    local.export_weights(tmp_path)
+    ours = {path.relative_to(two["kept"] / name).as_posix() for path in (two["kept"] / name).rglob("*.*")}
+    theirs = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
+    assert theirs <= ours
+    for path in ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
+        if path not in theirs:  # an adapter has no configuration of a model
+            continue
+        assert (two["kept"] / name / path).read_text() == (tmp_path / path).read_text(), path
