@@ -16,13 +16,13 @@ PACKAGE = ROOT / "src" / "whet"
 # A module or folder of src/whet imports only from those to its left, and from itself.
 ORDER = (
     *("types", "columns", "errors", "database", "tree", "batch", "tensor", "losses", "credit", "config", "migrate"),
-    *("annotate", "shaping", "methods", "tally", "models", "flops", "merge"),
+    *("annotate", "shaping", "methods", "tally", "hardware", "models", "flops", "merge"),
     *("checkpoints", "weights", "engines", "data", "rollout"),
     *("ranks", "backends", "scorer", "rewards", "envs", "cluster"),
     *("view", "log", "schedule", "sanity", "recipe", "mix", "speed", "loop", "rollouts_only", "evaluate"),
     *("served", "roles"),
     *("spread", "precompute", "provenance", "feeds", "keeper"),
-    *("check", "compose", "answer"),
+    *("check", "plan", "compose", "answer"),
     *("sample", "chat", "trainer", "demo", "serve", "cli", "__main__"),
 )
 

@@ -41,6 +41,7 @@ whet sharpens language models after pre-training.
   whet merge ADAPTER OUTPUT                   add an adapter into plain weights
   whet convert SRC DST --to hf|torch_dist     a model's weights into another kind of folder
   whet check CONFIG.yaml [--section.key value] find what is wrong with a run, and what it takes, before it begins
+  whet plan CONFIG.yaml [--gpus 8xH100-80G]   what a run takes on machines that need not be there, and the best layout
   whet import TOOL FILE [-o OUT.yaml]         make a configuration of a file of trl, llamafactory or slime
 
 A configuration is a YAML file; every setting is also a flag, and flags win:
@@ -71,12 +72,26 @@ is run on the rows.
 """
 
 
+PLAN_HELP = """\
+whet plan CONFIG.yaml [--gpus 8xH100-80G] [--nodes N] [--prompt-tokens N] [--response-tokens N] [--section.key value …]
+
+Memory of a device by what takes it, seconds of a step and tokens per second, as the run is configured and for the
+layout that is fastest of all that fit; where nothing fits, what to change, in order. Needs no GPU, no data and no
+weights: of a model, a folder with config.json, or one of the names that are known. --gpus are those of one node; this
+machine's when not given. Mean lengths are half of the longest unless they are given.
+
+Ends with 0 if the run fits, as it is or laid out otherwise, and with 2 if it does not.
+"""
+
+
 CHECK_HELP = """\
-whet check CONFIG.yaml [--section.key value …] [--rows N]
+whet check CONFIG.yaml [--section.key value …] [--rows N] [--plan [--gpus 8xH100-80G] [--nodes N]]
 
 Everything that can be known before training, in one pass: settings that are wrong or do not go together, every row of
 the data, the chat template and what of it is trained (the first N rows of each part are shown, 2 when not given), the
 models' folders and vocabularies, and the memory that the run will take. Loads no weights.
+
+With --plan the run is planned as well (see whet plan --help), with the lengths of its data.
 
 Ends with 0 if training may begin, warnings or not, and with 2 if there is an error. The same is checked at the start of
 every training command.
@@ -386,20 +401,52 @@ def _check(arguments: list[str]) -> int:
     if _asks_help(arguments):
         print(CHECK_HELP, end="")
         return 0
-    rows, arguments = _rows_to_show(arguments)
+    parser = argparse.ArgumentParser("whet check", add_help=False, allow_abbrev=False)
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--plan", action="store_true")
+    options, arguments = parser.parse_known_args(arguments)
+    wanted, arguments = _wanted(arguments) if options.plan else (None, arguments)
     path = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     from whet.check.command import check
     from whet.log import console
 
-    return 0 if check(path, arguments, console(), rows=rows) else 2
+    then = None
+    if wanted is not None:
+        from whet.plan.command import plan
+        from whet.plan.load import measured
+
+        def then(found):
+            return plan(found.config, console(), wanted, measured(found))
+
+    return 0 if check(path, arguments, console(), rows=options.rows, then=then) else 2
 
 
-def _rows_to_show(arguments: list[str]) -> tuple[int, list[str]]:
-    """The value of --rows, and the arguments without it."""
-    parser = argparse.ArgumentParser("whet check", add_help=False, allow_abbrev=False)
-    parser.add_argument("--rows", type=int, default=2)
+def _plan(arguments: list[str]) -> int:
+    if _asks_help(arguments):
+        print(PLAN_HELP, end="")
+        return 0
+    wanted, arguments = _wanted(arguments)
+    config = _load(None, arguments)
+    from whet.log import console
+    from whet.plan.command import plan
+
+    return 0 if plan(config, console(), wanted) else 2
+
+
+def _wanted(arguments: list[str]):
+    """What is asked of a plan, and the arguments without it."""
+    parser = argparse.ArgumentParser("whet plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--gpus")
+    for name in ("--nodes", "--prompt-tokens", "--response-tokens"):
+        parser.add_argument(name, type=int)
     options, rest = parser.parse_known_args(arguments)
-    return options.rows, rest
+    if any(
+        given is not None and given < 1 for given in (options.nodes, options.prompt_tokens, options.response_tokens)
+    ):
+        parser.error("--nodes, --prompt-tokens and --response-tokens must be at least 1")
+    from whet.plan.command import Wanted
+
+    return Wanted(options.gpus, options.nodes or 1, options.prompt_tokens, options.response_tokens), rest
 
 
 def _import(arguments: list[str]) -> int:
@@ -462,6 +509,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "merge": _merge,
     "convert": _convert,
     "check": _check,
+    "plan": _plan,
     "import": _import,
     "demo": _demo,
 }

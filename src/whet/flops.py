@@ -1,8 +1,7 @@
-"""How much a model computes, and how much its device could: FLOPs of a pass over a batch, and known peaks."""
+"""How much a model computes, and how much its device could: FLOPs of a pass over a batch, and peaks of devices."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,33 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from whet.hardware import gpu_named
 from whet.models.parts import decoder
 from whet.models.shape import attending_layers, experts, head_dim, value_dim
 from whet.tree import Tree
-
-PEAKS = {
-    r"B200|GB200": (2250e12, 1100e12, 80e12),
-    r"H100 PCIe": (756e12, 378e12, 51e12),
-    r"H100 NVL": (835e12, 418e12, 60e12),
-    r"H100|H200|GH200": (989e12, 494e12, 67e12),
-    r"H20\b": (148e12, 74e12, 44e12),
-    r"A100|A800": (312e12, 156e12, 19.5e12),
-    r"L40S": (362e12, 183e12, 91.6e12),
-    r"L40\b": (181e12, 90.5e12, 90.5e12),
-    r"\bL4\b": (121e12, 60e12, 30.3e12),
-    r"A10G": (70e12, 35e12, 35e12),
-    r"\bA10\b": (125e12, 62.5e12, 31.2e12),
-    r"A6000": (155e12, 77.4e12, 38.7e12),
-    r"RTX 5090": (209e12, 105e12, 105e12),
-    r"RTX 4090": (165e12, 82.6e12, 82.6e12),
-    r"RTX 3090": (71e12, 35.6e12, 35.6e12),
-    r"V100": (125e12, 15.7e12, 15.7e12),
-    r"\bT4\b": (65e12, 8.1e12, 8.1e12),
-    r"MI300X": (1307e12, 653e12, 163e12),
-    r"MI250": (383e12, 96e12, 96e12),
-}
-"""Device names -> dense FLOP/s in 16 bits, in TensorFloat-32 (or what takes its place), in float32, as their makers
-state them; the first that fits counts."""
 
 
 def peak_flops(device_name: str, dtype: torch.dtype | None, matmul: str = "highest") -> float | None:
@@ -45,12 +21,12 @@ def peak_flops(device_name: str, dtype: torch.dtype | None, matmul: str = "highe
 
     `dtype` is that of the products, None for float32, and `matmul` the precision of those.
     """
-    for pattern, (half, tf32, single) in PEAKS.items():
-        if re.search(pattern, device_name):
-            if dtype in (torch.bfloat16, torch.float16):
-                return half
-            return single if matmul == "highest" else tf32
-    return None
+    gpu = gpu_named(device_name)
+    if gpu is None:
+        return None
+    if dtype in (torch.bfloat16, torch.float16):
+        return gpu.half
+    return gpu.single if matmul == "highest" else gpu.tf32
 
 
 class ModelFlops:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -13,10 +13,18 @@ from whet.check.report import show
 from whet.config.loader import inspect
 
 
-def check(path: str | None, flags: Sequence[str], console: Console, *, rows: int) -> bool:
+def check(
+    path: str | None,
+    flags: Sequence[str],
+    console: Console,
+    *,
+    rows: int,
+    then: Callable[[Examined], bool] | None = None,
+) -> bool:
     """Examine a configuration file and print what was found. Returns whether a run may begin.
 
-    Warnings do not keep a run from beginning. Of each part of the data the first `rows` are shown.
+    Warnings do not keep a run from beginning. Of each part of the data the first `rows` are shown. `then` is called
+    with what was found if the method is known, and has a say in the answer.
     """
     inspected = inspect(None, path, flags)
     errors = list(inspected.problems)
@@ -29,7 +37,8 @@ def check(path: str | None, flags: Sequence[str], console: Console, *, rows: int
         return False
     errors += untold(found, errors)
     show(found, errors, [*inspected.notes, *warnings], console, rows=rows)
-    return not errors
+    agreed = then is None or found.method is None or then(found)
+    return not errors and agreed
 
 
 def untold(found: Examined, told: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ held against a measurement; there, attention keeps no more than on the CPU, but 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,27 +79,53 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of a model: its weights, and of these the trained ones, adapter included."""
+    """Bytes of a model: its weights, and of these the trained ones, adapter included; how much of both experts hold,
+    and how much of the weights lies outside the layers."""
 
     weights: float
     trained: float
+    experts: float = 0.0
+    trained_experts: float = 0.0
+    outside: float = 0.0
 
 
-def estimate(config: RunConfig, method: Method, work: Work) -> Estimate:
-    """The memory that training takes on its device, for the largest micro-batch of its data.
+@dataclass(frozen=True)
+class Device:
+    """What a run computes on: cpu or cuda, its arithmetic (None: float32 throughout), and the bytes it has."""
+
+    type: str
+    autocast: torch.dtype | None
+    available: int | None
+
+
+def this_device(config: RunConfig) -> Device:
+    """The device of a run that begins here and now."""
+    placed, autocast = device_of(config.backend)
+    given = config.backend.memory_gb
+    return Device(placed.type, autocast, available_bytes(placed.type) if given is None else int(given * 1e9))
+
+
+def estimate(
+    config: RunConfig,
+    method: Method,
+    work: Work,
+    on: Device | None = None,
+    config_of: Callable[[ModelConfig], PreTrainedConfig] = load_config,
+) -> Estimate:
+    """The memory that training takes on one device, that of this machine if none is given, for the largest
+    micro-batch of its data. `config_of` reads the configuration of a model.
 
     Raises what a model's code raises that cannot run without content.
     """
-    placed, autocast = device_of(config.backend)
-    device = placed.type
-    base_cfg = adapter_base(config.model) or config.model
-    settings = load_config(base_cfg)
+    on = on or this_device(config)
+    device, autocast = on.type, on.autocast
+    settings = config_of(adapter_base(config.model) or config.model)
     model = outline(config.model, settings)
     held = held_by(model, config.model)
     static = {
         "process": CUDA_CONTEXT if device == "cuda" else PROCESS + ADAPTER_LIBRARY * adapters.has_adapter(model),
         "weights": held.weights,
-        "frozen models": sum(held_by(outline(cfg, load_config(cfg)), cfg).weights for cfg in _beside(config, method)),
+        "frozen models": sum(held_by(outline(cfg, config_of(cfg)), cfg).weights for cfg in beside(config, method)),
         "optimizer": 2 * held.trained,  # the two moments of AdamW, in the type of the weights
     }
     how = {
@@ -113,29 +139,28 @@ def estimate(config: RunConfig, method: Method, work: Work) -> Estimate:
         "packed weights": held.weights if device == "cpu" and config.engine.packed_weights else 0.0,
     }
     if work.decoded:
-        held_too |= _sampling(settings, work, autocast, config)
+        held_too |= sampling(settings, work, autocast, config)
     if work.decoded and config.rollout.mode != "sync":  # sampled with weights of its own while a step trains
         static["engine's weights"] = held.weights
         static["sampling ahead"] = sum(held_too.values())
     if "critic" in method.trains:
         critic = critic_of(config)
-        read = load_config(adapter_base(critic) or critic)
+        read = config_of(adapter_base(critic) or critic)
         of_critic = held_by(outline(critic, read), critic)
         static["critic"] = of_critic.weights + 2 * of_critic.trained  # with its optimizer
     holes = HEAP_HOLES * peaks.small if device == "cpu" else 0.0
-    moments = [*_training({**static, "heap": holes}, held, peaks, again=work.micro.again)]
+    moments = [*training({**static, "heap": holes}, held, peaks, again=work.micro.again)]
     if "critic" in method.trains:
         own = peaks if config.critic.path is None else rehearse(critic, read, work.micro, **how)
         # What its head of one number keeps is nothing beside that of all words, which is counted here.
         moments += [
             Moment(f"critic: {one.name}", one.parts)
-            for one in _training({**static, "heap": holes}, of_critic, own, again=work.micro.again)
+            for one in training({**static, "heap": holes}, of_critic, own, again=work.micro.again)
         ]
     if work.decoded:
-        sampling = {} if "sampling ahead" in static else held_too
-        moments.append(Moment("sampling", {**static, "heap": holes, **sampling}))
-    given = config.backend.memory_gb
-    return Estimate(device, tuple(moments), available_bytes(device) if given is None else int(given * 1e9))
+        now = {} if "sampling ahead" in static else held_too
+        moments.append(Moment("sampling", {**static, "heap": holes, **now}))
+    return Estimate(device, tuple(moments), on.available)
 
 
 def held_by(model: nn.Module, cfg: ModelConfig) -> Held:
@@ -143,14 +168,19 @@ def held_by(model: nn.Module, cfg: ModelConfig) -> Held:
     quantised = _quantised_layers(model) if cfg.quantization is not None else set()
     if cfg.quantization is None or adapters.has_adapter(model):
         adapters.freeze(model, cfg.freeze)
-    weights = trained = 0.0
-    for parameter in model.parameters():
+    inside = {id(parameter) for layer in adapters.decoder_layers(model) for parameter in layer.parameters()}
+    weights = trained = experts = trained_experts = outside = 0.0
+    for name, parameter in model.named_parameters():
         size = parameter.numel() * parameter.element_size()
         if id(parameter) in quantised:
             size = parameter.numel() * _bits(cfg) / 8
+        is_expert = ".experts." in name
         weights += size
-        trained += size if parameter.requires_grad else 0
-    return Held(weights, trained)
+        trained += size * parameter.requires_grad
+        experts += size * is_expert
+        trained_experts += size * (is_expert and parameter.requires_grad)
+        outside += size * (id(parameter) not in inside)
+    return Held(weights, trained, experts, trained_experts, outside)
 
 
 def _quantised_layers(model: nn.Module) -> set[int]:
@@ -171,7 +201,7 @@ def _bits(cfg: ModelConfig) -> float:
     return 4 + (8 / 64 + 32 / (64 * 256) if cfg.quantization.double else 32 / 64)
 
 
-def _beside(config: RunConfig, method: Method) -> Iterator[ModelConfig]:
+def beside(config: RunConfig, method: Method) -> Iterator[ModelConfig]:
     """The frozen models that stay in memory during training."""
     yield from frozen_models(config, method).values()
     own_copy = "reference" in method.roles and config.reference.path is None and config.model.adapter is None
@@ -179,7 +209,7 @@ def _beside(config: RunConfig, method: Method) -> Iterator[ModelConfig]:
         yield config.model
 
 
-def _training(static: Mapping[str, float], held: Held, peaks: Peaks, *, again: bool) -> Iterator[Moment]:
+def training(static: Mapping[str, float], held: Held, peaks: Peaks, *, again: bool) -> Iterator[Moment]:
     """The two moments that compete: the end of the forward pass, and the end of the backward pass."""
     before = held.trained if again else 0.0
     top = {"gradients": before, "activations": peaks.activations, "logits": peaks.top - peaks.activations - before}
@@ -188,7 +218,7 @@ def _training(static: Mapping[str, float], held: Held, peaks: Peaks, *, again: b
     yield Moment("backward pass", {**static, **rest})
 
 
-def _sampling(
+def sampling(
     settings: PreTrainedConfig, work: Work, autocast: torch.dtype | None, config: RunConfig
 ) -> dict[str, float]:
     """Keys and values of all sequences decoded together, and the logits of their next tokens."""

@@ -112,7 +112,7 @@ def outline(cfg: ModelConfig, config: PreTrainedConfig) -> nn.Module:
 
     The adapter is in place, and what quantisation or `model.freeze.embeddings` leaves alone is frozen.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with _quietly(), torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, trust_remote_code=cfg.trust_remote_code, dtype=getattr(torch, cfg.dtype)
         )

@@ -102,14 +102,21 @@ def _processes(backend: BackendConfig, cluster: ClusterConfig) -> Iterator[Probl
             f"context_parallel x pipeline_parallel = {backend.tensor_parallel} x {backend.context_parallel} x "
             f"{backend.pipeline_parallel} = {parallel}; set cluster.num_processes to a multiple of {parallel}",
         )
-    elif (size // parallel) * backend.context_parallel % backend.expert_parallel:
+    elif (over := _over_experts(backend, size)) % backend.expert_parallel:
         yield _problem(
             "backend",
             "expert_parallel",
             backend,
-            f"but experts are divided over the {size // parallel * backend.context_parallel} processes that see other "
-            "tokens; choose a divisor of it",
+            f"but experts are divided over the {over} processes that see other tokens; choose a divisor of it",
         )
+
+
+def _over_experts(backend: BackendConfig, size: int) -> int:
+    """Processes over which experts can be divided: in Megatron-Core, where matrices of experts are not divided
+    themselves, those that share the other matrices as well."""
+    options = {name.replace("-", "_"): value for name, value in backend.options.items()}
+    whole = backend.use == "megatron" and options.get("expert_tensor_parallel_size") in (1, "1")
+    return size // backend.model_parallel * backend.context_parallel * (backend.tensor_parallel if whole else 1)
 
 
 def _cluster(cluster: ClusterConfig) -> Iterator[Problem]:
