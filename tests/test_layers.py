@@ -23,7 +23,7 @@ ORDER = (
     *("served", "roles"),
     *("spread", "precompute", "provenance", "feeds", "keeper"),
     *("check", "plan", "compose", "answer"),
-    *("sample", "chat", "trainer", "demo", "serve", "cli", "__main__"),
+    *("sample", "chat", "trainer", "demo", "serve", "manual", "cli", "__main__"),
 )
 
 # These rooms see less than what lies to their left.
