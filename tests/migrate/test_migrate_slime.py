@@ -172,13 +172,13 @@ def test_a_launch_script_becomes_a_configuration(imported: Import, tmp_path: Pat
     )
     assert (config.backend.max_tokens_per_device, config.backend.activation_checkpointing) == (4608, True)
     assert config.checkpoint.every_steps == 20
-    assert set(lost(result)) == {
-        *("actor_num_gpus_per_node", "tensor_model_parallel_size", "sequence_parallel"),
-        *("rollout_num_gpus_per_engine", "sglang_mem_fraction_static"),
-    }
-    assert {"ref_load", "load", "num_layers", "swiglu", "rotary_base", "moe_router_topk", "colocate"} <= set(
-        idle(result)
-    )
+    backend, engine, cluster = config.backend, config.engine, config.cluster
+    assert (backend.use, backend.tensor_parallel, backend.sequence_parallel) == ("megatron", 2, True)
+    assert (cluster.size, cluster.colocate) == (8, True)
+    assert (engine.use, engine.num_engines, engine.tensor_parallel, engine.sleep) == ("sglang", 4, 2, True)
+    assert (engine.options, engine.max_concurrent) == ({"mem_fraction_static": 0.7}, 256)
+    assert lost(result) == {}
+    assert {"ref_load", "load", "num_layers", "swiglu", "rotary_base", "moe_router_topk"} <= set(idle(result))
     assert result.remarks == []
     assert result.sources[("optim", "lr")] == f"lr in run.sh, line {SCRIPT.splitlines().index('   --lr 1e-6') + 1}"
 
@@ -361,3 +361,59 @@ def test_bad_input_is_told_with_file_and_line(imported: Import, text: str, messa
     with pytest.raises(ConfigError) as raised:
         imported("slime", text, "run.sh")
     assert message in str(raised.value)
+
+
+def placed(*flags: str) -> str:
+    return small("--n-samples-per-prompt 8 --rollout-batch-size 32", *flags)
+
+
+def test_engines_apart_take_the_gpus_that_are_not_the_trainers(imported: Import):
+    flags = "--actor-num-gpus-per-node 4 --rollout-num-gpus 4 --rollout-num-gpus-per-engine 2 --context-parallel-size 2"
+    result = imported("slime", placed(flags, "--sglang-server-concurrency 64"), "run.sh")
+    config = loaded(result)
+    assert (config.cluster.size, config.cluster.colocate, config.backend.context_parallel) == (4, False, 2)
+    assert (config.engine.num_engines, config.engine.tensor_parallel, config.engine.sleep) == (2, 2, False)
+    assert config.engine.max_concurrent == 2 * 64
+    assert lost(result) == {}
+
+
+def test_many_nodes_are_a_cluster_and_experts_are_divided(imported: Import):
+    flags = (
+        "--actor-num-nodes 16 --actor-num-gpus-per-node 8 --colocate --rollout-num-gpus-per-engine 64 "
+        "--tensor-model-parallel-size 8 --sequence-parallel --pipeline-model-parallel-size 4 "
+        "--context-parallel-size 4 --expert-model-parallel-size 32 --expert-tensor-parallel-size 1 "
+        "--decoder-last-pipeline-num-layers 13 --optimizer-cpu-offload --use-precision-aware-optimizer "
+        "--moe-token-dispatcher-type flex --moe-enable-deepep --sglang-enable-dp-attention --sglang-dp-size 8"
+    )
+    result = imported("slime", placed(flags), "run.sh")
+    config = loaded(result)
+    assert (config.cluster.size, config.cluster.address) == (128, "auto")
+    assert (config.backend.expert_parallel, config.backend.pipeline_parallel) == (32, 4)
+    assert config.backend.options == {
+        **{"expert_tensor_parallel_size": 1, "num_layers_in_last_pipeline_stage": 13, "moe_enable_deepep": True},
+        **{"optimizer_cpu_offload": True, "use_precision_aware_optimizer": True, "moe_token_dispatcher_type": "flex"},
+    }
+    assert (config.engine.num_engines, config.engine.tensor_parallel) == (2, 64)
+    assert config.engine.options == {"enable_dp_attention": True, "dp_size": 8}
+    assert lost(result) == {}
+
+
+def test_a_script_of_one_gpu_needs_no_server(imported: Import):
+    result = imported(
+        "slime", placed("--actor-num-gpus-per-node 1 --colocate --sglang-mem-fraction-static 0.4"), "r.sh"
+    )
+    config = loaded(result)
+    assert (config.backend.use, config.engine.use, config.cluster.size) == ("local", "local", 1)
+    assert {"colocate", "sglang_mem_fraction_static"} <= set(idle(result)) and lost(result) == {}
+
+
+def test_supervised_training_on_many_gpus_samples_nothing(imported: Import):
+    flags = "--loss-type sft_loss --input-key messages --rollout-batch-size 128 --actor-num-gpus-per-node 8"
+    text = small(flags, "--sequence-parallel --tensor-model-parallel-size 1 --num-epoch 3").replace(
+        "--rm-type math", ""
+    )
+    result = imported("slime", text, "r.sh")
+    config = loaded(result)
+    assert (config.method, config.backend.use, config.cluster.size) == ("sft", "megatron", 8)
+    assert (config.backend.sequence_parallel, config.engine.use) == (False, "local")
+    assert lost(result) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -317,8 +318,60 @@ def test_a_script_with_the_command_is_read(imported: Import):
     assert [(term.use, term.coef) for term in config.terms] == [("sigmoid", 0.5), ("hinge", 0.5)]
     assert config.backend.precision == "bf16"
     assert any("step of 4 devices" in remark for remark in result.remarks)
+    assert any("zero2.yaml (run.sh, line 3) is not there" in remark for remark in result.remarks)
+    assert (config.backend.use, config.cluster.size) == ("fsdp", 4)
     assert "the script does not say what ${OUT} is" in lost(result)["output_dir"]
     assert result.sources[("optim", "lr")] == "learning_rate in run.sh, line 6"
+
+
+ACCELERATE = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: DEEPSPEED
+deepspeed_config: {zero_stage: 3, offload_optimizer_device: cpu, offload_param_device: none, zero3_init_flag: true}
+mixed_precision: bf16
+num_machines: 1
+num_processes: 8
+"""
+
+
+def test_the_launchers_file_says_how_processes_train(imported: Import):
+    Path("zero2.yaml").write_text(ACCELERATE, encoding="utf-8")
+    result = imported("trl", SCRIPT, "run.sh")
+    config = loaded(result)
+    backend = config.backend
+    assert (backend.use, backend.zero_stage, backend.offload, config.cluster.size) == ("deepspeed", 3, "optimizer", 4)
+    assert backend.precision == "bf16"
+    sharded = ACCELERATE.replace("DEEPSPEED", "FSDP").replace("deepspeed_config: {zero_stage: 3, ", "fsdp_config: {")
+    sharded = sharded.replace("offload_optimizer_device: cpu, offload_param_device: none, zero3_init_flag: true", KEPT)
+    Path("zero2.yaml").write_text(sharded, encoding="utf-8")
+    backend = loaded(imported("trl", SCRIPT.replace("--num_processes 4 ", ""), "run.sh")).backend
+    assert (backend.use, backend.reshard_after_forward, backend.offload) == ("fsdp", False, "all")
+
+
+KEPT = "fsdp_version: 2, fsdp_reshard_after_forward: false, fsdp_offload_params: true"
+
+
+def test_a_deepspeed_file_beside_the_configuration_is_read(imported: Import):
+    zero = {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+    Path("ds.json").write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": "auto"}}), encoding="utf-8")
+    result = imported("trl", BASE + "deepspeed: ds.json\n", "sft.yaml")
+    backend = loaded(result).backend
+    assert (backend.use, backend.zero_stage, backend.offload) == ("deepspeed", 3, "all")
+    assert lost(result) == {}
+    Path("ds.json").write_text("{}", encoding="utf-8")
+    assert "ZeRO stage 0" in lost(imported("trl", BASE + "deepspeed: ds.json\n", "sft.yaml"))["deepspeed"]
+
+
+def test_vllm_is_the_engine_where_it_is_used(imported: Import):
+    base = "trl grpo --model_name_or_path m --dataset_name x --reward_funcs accuracy_reward --vllm_server_port 8123 "
+    engine = loaded(imported("trl", base + "--use_vllm\n", "run.sh")).engine
+    assert (engine.use, engine.address) == ("vllm", "http://127.0.0.1:8123")
+    more = "--use_vllm --vllm_mode colocate --vllm_tensor_parallel_size 2 --vllm_gpu_memory_utilization 0.3\n"
+    config = loaded(imported("trl", base + more, "run.sh"))
+    assert (config.engine.use, config.engine.tensor_parallel, config.cluster.colocate) == ("vllm", 2, True)
+    assert (config.engine.options, config.engine.address) == ({"gpu_memory_utilization": 0.3}, None)
+    result = imported("trl", base, "run.sh")
+    assert loaded(result).engine.use == "local" and "vllm_server_port" in idle(result)
 
 
 def test_the_configuration_that_a_command_names_is_read_beneath_its_flags(imported: Import):

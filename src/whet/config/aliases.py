@@ -12,6 +12,7 @@ from whet.config import conversions as read
 from whet.config.conversions import Alias, converted, idle, refused, renamed
 from whet.config.llamafactory_names import FACTORY_NAMES
 from whet.config.passthrough import passed_through
+from whet.config.process_names import PROCESS_NAMES
 from whet.config.slime_names import SLIME_FAMILIES, SLIME_NAMES
 from whet.config.trl_names import TRL_NAMES
 
@@ -19,9 +20,8 @@ _HF = ("Hugging Face",)
 _SFT = ("SFT trainer",)
 _TOOLKIT = ("RLHF toolkit",)
 _SLIME = ("slime",)
-ORIGINS = (*_HF, "TRL", "LLaMA-Factory", *_SFT, *_TOOLKIT, *_SLIME)
+ORIGINS = (*_HF, "accelerate", "torchrun", "TRL", "LLaMA-Factory", *_SFT, *_TOOLKIT, *_SLIME)
 
-_ONE_DEVICE = "this version trains on one device"
 _NO_HUB = "nothing is sent anywhere"
 _KERNELS = "it changes how fast tokens are computed, not what"
 _LOADING = "rows are prepared before the first step and kept on disk (data.cache_dir)"
@@ -217,9 +217,6 @@ _ALL = [
     converted(_HF, "lr_scheduler_kwargs", "optim.min_lr_ratio", read.scheduler_kwargs, "`min_lr_rate` alone"),
     converted(_HF, "tf32", "backend.matmul", read.tf32, "true is `high`, false is `highest`", switch=True),
     converted(_HF, "use_cpu", "backend.device", read.use_cpu, "true is `cpu`", switch=True),
-    refused(_HF, "deepspeed", f"{_ONE_DEVICE}, without DeepSpeed; leave it out", off=(None, "")),
-    refused(_HF, "fsdp", f"{_ONE_DEVICE}; leave it out", off=(None, "", False, [])),
-    refused(_HF, "fsdp_config", f"{_ONE_DEVICE}; leave it out", off=(None, {})),
     refused(_HF, "neftune_noise_alpha", "nothing is added to embeddings in this version; leave it out", off=(None,)),
     refused(_HF, "push_to_hub", f"{_NO_HUB}; upload output_dir yourself (hf upload)"),
     refused(_HF, "torch_compile", "models are not compiled in this version; leave it out"),
@@ -246,6 +243,7 @@ _ALL = [
         }.items()
         for name in names
     ),
+    *PROCESS_NAMES,
     *TRL_NAMES,
     *FACTORY_NAMES,
     *SLIME_NAMES,

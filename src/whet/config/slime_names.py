@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from whet.config import conversions as read
 from whet.config.conversions import Converted, checked, converted, idle, refused, renamed
+from whet.config.slime_placement_names import SLIME_PLACEMENT_NAMES
 from whet.config.slime_rollout_names import SLIME_ROLLOUT_NAMES
 
 _SLIME = ("slime",)
 
-_ONE_DEVICE = "this version trains and samples in one process on one device"
-_NO_PARALLEL = "this version trains on one device; models are not split over several"
 _REFERENCE = (
     "the reference is the model at model.path as it was before training; for another give reference.path the folder "
     "of a transformers model"
 )
-_RECOMPUTE = "use backend.activation_checkpointing: true"
 _ARCHITECTURE = "the architecture is read from the model's own config.json"
 _KERNELS = "attention, norms and sums are computed in float32 where it matters; there is nothing to choose"
-_ELSEWHERE = "it concerns processes or memory that a run on one device does not have"
+_ELSEWHERE = "micro-batches, checkpoints and checks are done otherwise, with the same result"
 
 
 def _grouped(value: object) -> Converted:
@@ -30,6 +28,7 @@ def _per_token(value: object) -> Converted:
 
 SLIME_NAMES = [
     *SLIME_ROLLOUT_NAMES,
+    *SLIME_PLACEMENT_NAMES,
     renamed(_SLIME, "hf_checkpoint", "model.path"),
     renamed(_SLIME, "save", "output_dir"),
     renamed(_SLIME, "prompt_data", "data.train"),
@@ -50,7 +49,6 @@ SLIME_NAMES = [
     idle(_SLIME, "optimizer", "AdamW is the optimizer", only=("adam", "adamw")),
     renamed(_SLIME, "max_tokens_per_gpu", "backend.max_tokens_per_device"),
     idle(_SLIME, "use_dynamic_batch_size", "micro-batches are always cut by their tokens, without changing the loss"),
-    idle(_SLIME, "balance_data", "there is one device, so nothing to balance"),
     renamed(_SLIME, "save_interval", "checkpoint.every_steps"),
     refused(
         _SLIME,
@@ -87,20 +85,6 @@ SLIME_NAMES = [
     converted(_SLIME, "group_rm", "reward.group", _grouped, "false leaves it to the function", switch=True),
     renamed(_SLIME, "reward_key", "reward.key"),
     renamed(_SLIME, "rm_url", "reward.rm_url"),
-    idle(_SLIME, "colocate", "engine and trainer share the device and the weights anyway", only=(True,)),
-    idle(_SLIME, "actor_num_nodes", _ONE_DEVICE, only=(1,)),
-    idle(_SLIME, "actor_num_gpus_per_node", _ONE_DEVICE, only=(1,)),
-    idle(_SLIME, "rollout_num_gpus_per_engine", _ONE_DEVICE, only=(1,)),
-    refused(_SLIME, "rollout_num_gpus", f"{_ONE_DEVICE}; leave it out"),
-    idle(_SLIME, "tensor_model_parallel_size", _NO_PARALLEL, only=(1,)),
-    idle(_SLIME, "pipeline_model_parallel_size", _NO_PARALLEL, only=(1,)),
-    idle(_SLIME, "context_parallel_size", _NO_PARALLEL, only=(1,)),
-    idle(_SLIME, "expert_model_parallel_size", _NO_PARALLEL, only=(1,)),
-    idle(_SLIME, "expert_tensor_parallel_size", _NO_PARALLEL, only=(1,)),
-    refused(_SLIME, "sequence_parallel", f"{_NO_PARALLEL}; leave it out"),
-    refused(_SLIME, "recompute_granularity", _RECOMPUTE, off=(None,)),
-    refused(_SLIME, "recompute_method", _RECOMPUTE, off=(None,)),
-    refused(_SLIME, "recompute_num_layers", _RECOMPUTE, off=(None,)),
     converted(
         _SLIME,
         "calculate_per_token_loss",
@@ -131,19 +115,8 @@ SLIME_NAMES = [
     *(
         idle(_SLIME, name, _ELSEWHERE, only=None)
         for name in (
-            *(
-                "train_backend",
-                "offload",
-                "offload_train",
-                "offload_rollout",
-                "num_gpus_per_node",
-                "use_fault_tolerance",
-            ),
-            *("use_slime_router", "distributed_backend", "distributed_timeout_minutes", "use_distributed_optimizer"),
             *("no_check_for_nan_in_loss_and_grad", "micro_batch_size", "ref_micro_batch_size", "log_probs_chunk_size"),
-            *("update_weight_buffer_size", "rollout_health_check_interval", "rollout_health_check_timeout"),
             *(
-                "rollout_health_check_first_wait",
                 "log_probs_max_tokens_per_gpu",
                 "ckpt_format",
                 "no_load_optim",

@@ -264,7 +264,11 @@ TRL_NAMES = [
         "null leaves it off",
     ),
     renamed(_TRL, "use_bias_correction_kl", "kl.unbiased"),
-    idle(_TRL, "vllm_importance_sampling_correction", "the engine's weights are the trainer's own; see correction"),
+    idle(
+        _TRL,
+        "vllm_importance_sampling_correction",
+        "correction says what becomes of a difference between engine and trainer",
+    ),
     idle(_TRL, "top_entropy_quantile", "every token is trained", only=(1, 1.0)),
     refused(_TRL, "use_adaptive_entropy", "give entropy_coef, which stays as it is"),
     idle(_TRL, "multi_objective_aggregation", "rewards are added by their weights", only=("sum_then_normalize",)),
@@ -294,7 +298,6 @@ TRL_NAMES = [
         idle(_BOTH, name, "it changes how much is computed at a time, not what", only=None)
         for name in ("local_rollout_forward_batch_size", "ds3_gather_for_generation", "num_sample_generations")
     ),
-    refused(_TRL, "use_vllm", f"engines beside the embedded one are not in this version; {_SAMPLING}"),
     refused(_TRL, "generate_during_eval", _NOT_HERE),
     idle(_TRL, "min_p", _NOT_HERE, only=(None, 0, 0.0)),
     idle(_TRL, "repetition_penalty", _NOT_HERE, only=(None, 1, 1.0)),

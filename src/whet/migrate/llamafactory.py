@@ -11,6 +11,7 @@ from whet.config.written import read_document
 from whet.errors import ConfigError
 from whet.migrate.datasets import DataSet, Unlike, describe, read_info
 from whet.migrate.draft import Draft, Left, evaluated_every, named
+from whet.migrate.launch import beside_the_file
 
 _METHODS = {"pt": "sft", "sft": "sft", "rm": "reward", "dpo": "dpo", "kto": "kto"}
 _DEFAULTS = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 5e-5, "weight_decay": 0.0}
@@ -72,8 +73,16 @@ def _unlike_ours(draft: Draft) -> None:
         is_adamw = "adamw" in str(draft.value("optim")) and "bit" not in str(draft.value("optim"))
         (draft.pass_over if is_adamw else draft.lose)("optim", "AdamW is the optimizer")
     draft.lose("env", "variables of the environment are set where the command is given")
-    for name in ("ray_run_name", "ray_storage_path", "ray_num_workers", "resources_per_worker", "placement_strategy"):
-        draft.lose(name, "this version trains on one device, without Ray")
+    if written := draft.take("ray_num_workers"):
+        draft.set("cluster.num_processes", written.value, named("ray_num_workers", written.source))
+        draft.set("cluster.address", "auto", named("ray_num_workers", written.source))
+        if "deepspeed" not in draft.names:
+            draft.set("backend.use", "fsdp", named("ray_num_workers", written.source))
+    for name in ("ray_run_name", "ray_storage_path", "resources_per_worker", "placement_strategy"):
+        draft.pass_over(name, "processes are placed as cluster says, and runs are kept under output_dir")
+    beside_the_file(draft)
+    if "deepspeed" in draft.names:
+        draft.remarks.append("how many processes train is said by the command there, and by cluster.num_processes here")
     if draft.value("do_train") is False:
         draft.remarks.append("do_train is false in the file, so it evaluates or predicts only: see whet eval")
 

@@ -8,6 +8,7 @@ from typing import Any
 from whet.config.aliases import ALIASES
 from whet.errors import ConfigError
 from whet.migrate.draft import Draft, named
+from whet.migrate.place import place
 from whet.migrate.shell import Script, Word, command_with, flags_of, read_script
 
 _AHEAD = "train_async.py"
@@ -40,7 +41,7 @@ def read(path: str) -> Draft:
     _method(draft)
     _mode(draft, script)
     _weights(draft)
-    _memory(draft)
+    place(draft)
     _penalty(draft)
     _credit(draft)
     _rate(draft)
@@ -124,14 +125,6 @@ def _weights(draft: Draft) -> None:
     if draft.value("load") is not None and draft.value("load") == draft.value("save"):
         draft.pass_over("load", "a run goes on from the newest checkpoint in output_dir by itself (checkpoint.resume)")
     draft.pass_over("model_name", "the architecture is read from the model's own config.json")
-
-
-def _memory(draft: Draft) -> None:
-    written = draft.take("recompute_granularity")
-    if written is not None:
-        draft.set("backend.activation_checkpointing", True, named("recompute_granularity", written.source))
-    for name in ("recompute_method", "recompute_num_layers"):
-        draft.pass_over(name, "whole layers are computed again (backend.activation_checkpointing)")
 
 
 def _penalty(draft: Draft) -> None:

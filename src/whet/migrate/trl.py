@@ -8,10 +8,11 @@ from typing import Any
 
 from whet.config.names import did_you_mean
 from whet.config.problems import refuse
-from whet.config.written import Document, Written, read_document
+from whet.config.written import Document, read_document
 from whet.errors import ConfigError
 from whet.migrate.datasets import hub_name
 from whet.migrate.draft import Draft, evaluated_every, named
+from whet.migrate.launch import beside_the_file, launched, several
 from whet.migrate.shell import Word, command_with, flags_of, read_script
 
 TRAINERS: Mapping[str, str] = {
@@ -66,7 +67,10 @@ def read(path: str, method: str | None = None) -> Draft:
         _rollouts(draft, trainer, source)
     else:
         draft.defaults["max_length"] = 1024
-        many_devices(draft, "num_processes")
+        many_devices(draft)
+    beside_the_file(draft)
+    several(draft)
+    _vllm(draft)
     if trainer == "cpo":
         _cpo(draft, source)
     if trainer == "sft" and not draft.value("assistant_only_loss"):
@@ -108,14 +112,8 @@ def _command(draft: Draft, path: str) -> str | None:
         _add_document(draft, read_document(_beside(path, config)))
     for name, given in flags.items():
         draft.add_flag(name, given)
-    for name in ("num_processes", "nproc_per_node"):
-        if name in launcher and launcher[name][-1].text.isdigit():
-            draft.names["num_processes"] = draft.names.get("num_processes") or _processes(launcher[name])
+    launched(draft, launcher, lambda word: _beside(path, word))
     return words[at].text.rpartition("/")[2]
-
-
-def _processes(given: list[Word]) -> Written:
-    return Written(("num_processes",), int(given[-1].text), given[0].source)
 
 
 def _beside(path: str, word: Word) -> str:
@@ -236,9 +234,9 @@ def _adapter(draft: Draft, method_source: str) -> None:
         draft.pass_over(name, "TRL reads it only with use_peft: true")
 
 
-def many_devices(draft: Draft, name: str) -> None:
-    """Say that a step was larger by the number of devices."""
-    written = draft.take(name)
+def many_devices(draft: Draft) -> None:
+    """Say that a step was larger by the number of devices: here it is the same however many there are."""
+    written = draft.names.get("num_processes")
     if written is not None and written.value > 1:
         draft.remarks.append(
             f"the step of {written.value} devices ({written.source}) was that many times as large: multiply "
@@ -258,7 +256,7 @@ def _rollouts(draft: Draft, trainer: str, source: str) -> None:
         total = draft.number("generation_batch_size", total)
         steps = max(1, total // (size * processes))
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
-    written = [one for one in map(draft.take, (*names, "generation_batch_size", "num_processes")) if one is not None]
+    written = [one for one in map(draft.take, (*names, "generation_batch_size")) if one is not None]
     draft.defaults.pop("per_device_train_batch_size")
     where = named(str(written[0].path[0]), written[0].source) if written else "TRL's default"
     if total % group:
@@ -286,6 +284,22 @@ def _rollouts(draft: Draft, trainer: str, source: str) -> None:
             "ratios of sequences are loss gspo, which TRL clips by epsilon as tokens; see loss.clip_low"
         )
     _rewards(draft)
+
+
+def _vllm(draft: Draft) -> None:
+    """TRL reads the names of vLLM only with `use_vllm`; a server is told by host and port."""
+    if not draft.value("use_vllm"):
+        for name in [one for one in draft.names if one.startswith("vllm_")]:
+            draft.pass_over(name, "TRL reads it only with use_vllm: true")
+        return
+    host, port = draft.take("vllm_server_host"), draft.take("vllm_server_port")
+    if draft.value("vllm_mode", "server") != "server":
+        return
+    if "vllm_server_base_url" not in draft.names:
+        told = host or port or draft.names["use_vllm"]
+        address = f"http://{host.value if host else '127.0.0.1'}:{port.value if port else 8000}"
+        draft.set("engine.address", address, named(str(told.path[0]), told.source))
+    draft.pass_over("vllm_tensor_parallel_size", "the server runs already")
 
 
 def _rewards(draft: Draft) -> None:
