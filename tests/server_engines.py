@@ -144,6 +144,7 @@ class Trainer:
 
 def engine_of(kind: str, trainer: Trainer, output: Path, *, told: dict[str, Any] | None = None, **settings: Any) -> Any:
     """An engine on servers; settings are those of `EngineConfig`."""
+    settings["publish"] = {"timeout_s": 60, **settings.get("publish", {})}
     config = EngineConfig(use=kind, **{"max_concurrent": 4, "timeout_s": 60, "health_interval_s": 0.5, **settings})
     dialect, remedy = SERVERS[kind]
     return ServerEngine(dialect(), config, trainer.served(output, **(told or {})), remedy)

@@ -16,7 +16,7 @@ from typing import Any
 
 warnings.simplefilter("ignore")
 
-import megatron_stand_ins  # noqa: E402, F401, I001, before anything that imports megatron
+import megatron_stand_ins  # noqa: E402, F401, before anything that imports megatron
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 

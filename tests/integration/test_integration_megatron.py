@@ -165,7 +165,9 @@ def saved(value: Any, path: Path) -> str:
 
 
 def weights_in(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        name: tensor for path in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(path).items()
+    }
 
 
 def difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
@@ -185,9 +187,7 @@ def test_weights_come_back_bit_for_bit_and_outputs_are_those_of_transformers(lay
     asked = ["logprobs", "entropy", "mean_logprobs", "correct", "log_sum_sq_probs"]
     batch = batch_of("sft", 0)
     common = {"do": "outputs", "backend": LAYOUTS[layout], "batch": saved(batch, tmp_path / "batch.pt")}
-    tasks = [
-        {**common, "model": str(models(f)), "export": str(tmp_path / f), "outputs": asked} for f in families
-    ]
+    tasks = [{**common, "model": str(models(f)), "export": str(tmp_path / f), "outputs": asked} for f in families]
     answers = on_ranks(2, tasks, tmp_path)
     for family, answer in zip(families, answers, strict=True):
         source = weights_in(models(family))

@@ -14,10 +14,11 @@ from torch import distributed as dist
 from whet.errors import EngineError
 
 
-def join(address: str, port: int, size: int, backend: str, name: str, timeout_s: float) -> Any:
-    """Open the group and wait for the others. It stands beside the trainer's own groups, if there are any.
+def join(address: str, port: int, size: int, backend: str, name: str, timeout_s: float) -> tuple[Any, dist.TCPStore]:
+    """Open the group, wait for the others, and return it with the store that it lives on.
 
-    Raises EngineError when not all have come within the limit.
+    It stands beside the trainer's own groups, if there are any. Raises EngineError when not all have come within the
+    limit.
     """
     # As SGLang joins (and every trainer that feeds it): a group without a world that it would be a part of.
     from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world

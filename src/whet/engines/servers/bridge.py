@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from whet.errors import EngineError
@@ -27,6 +28,20 @@ class Bridge:
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
         """What the coroutine returns; cancelled with its caller."""
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
+
+    @staticmethod
+    async def aside(work: Callable[[], T]) -> T:
+        """What a function returns that may block, in a thread that nobody waits for at the end of the program."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="whet weights", daemon=True).start()
+        return await asyncio.wrap_future(future)
 
     def wait(self, work: Coroutine[Any, Any, T], timeout_s: float, what: str) -> T:
         """The same for a caller without a loop, who stands still meanwhile. Raises EngineError after the limit."""

@@ -24,6 +24,8 @@ HOMES = 65536
 """Groups whose server is remembered."""
 ABORT_S = 5.0
 """Most seconds for servers to give back what they abort; after it what has come is all there is."""
+PATIENCE_S = 8.0
+"""Least limit for a server to say that it lives: a machine may be busy."""
 MAX_MOVES = 5
 """Times that one request may begin at a server that fails it, before the request itself is at fault."""
 
@@ -65,7 +67,7 @@ class Fleet:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._looks: dict[int, asyncio.Task[Any]] = {}
         self._room = max(1, config.max_concurrent * 5 // 4)  # a little more than is decoded, so that none runs dry
-        self.patience_s = max(5.0, 2 * config.health_interval_s)
+        self.patience_s = max(PATIENCE_S, 3 * config.health_interval_s)
         """Most seconds for a living server to say that it lives."""
 
     async def start(self) -> None:
@@ -252,11 +254,13 @@ class Fleet:
         One that fails is put down. Raises EngineError when one refuses, or none is left.
         """
         servers = self.living
-        results = await asyncio.gather(*(ask(server) for server in servers), return_exceptions=True)
+        results = await asyncio.gather(
+            *(self._while_it_lives(one, ask(one)) for one in servers), return_exceptions=True
+        )
         found: dict[int, Any] = {}
         refused: BaseException | None = None
         for server, result in zip(servers, results, strict=True):
-            if isinstance(result, Unreachable):
+            if isinstance(result, Unreachable) and not await self._lives(server):
                 await self._down(server, result)
             elif isinstance(result, BaseException):
                 refused = refused or result
@@ -267,6 +271,18 @@ class Fleet:
         if servers and not found and all(server.state == "gone" for server in self.servers):
             raise EngineError(f"no engine is left: {'; '.join(server.why for server in self.servers)}")
         return found
+
+    async def _while_it_lives(self, server: Server, work: Coroutine[Any, Any, Any]) -> Any:
+        """What a server answers. Raises Unreachable once it is known to be dead, whatever limit the question has."""
+        asking, dying = asyncio.ensure_future(work), asyncio.ensure_future(server.fallen.wait())
+        try:
+            await asyncio.wait({asking, dying}, return_when=asyncio.FIRST_COMPLETED)
+            if not asking.done():
+                raise Unreachable(server.why)
+            return asking.result()
+        finally:
+            asking.cancel()
+            dying.cancel()
 
     # --- life and death -----------------------------------------------------------------------------------
 
@@ -284,6 +300,14 @@ class Fleet:
             await server.alive(self.patience_s)
         except Unreachable as error:
             await self._down(server, error)
+
+    async def _lives(self, server: Server) -> bool:
+        """Whether a server that failed a question answers another: then the question is what failed."""
+        try:
+            await server.alive(self.patience_s)
+        except Unreachable:
+            return False
+        return True
 
     async def _down(self, server: Server, error: Unreachable) -> None:
         if server.state in ("down", "gone"):
@@ -316,6 +340,7 @@ class Fleet:
         except EngineError as error:
             if server.external:
                 server.state, server.since = "down", died  # somebody else has to start it
+                server.fallen.set()
                 return
             server.state = "starting"
             self.losses.num_deaths -= 1  # it is the same death

@@ -57,6 +57,8 @@ class Server:
         self.world_size = config.tensor_parallel
         self.why = ""
         self.since = time.monotonic()
+        self.fallen = asyncio.Event()
+        """Set while it is dead."""
         if address is not None:
             self._connect(address)
 
@@ -69,6 +71,7 @@ class Server:
     async def bring_up(self) -> None:
         """Start the process, if it is ours, and wait until it answers. Raises EngineError."""
         self.state, self.version, self.since = "starting", None, time.monotonic()
+        self.fallen.clear()
         if not self.external:
             port = free_port()
             self._connect(f"http://127.0.0.1:{port}")
@@ -125,6 +128,7 @@ class Server:
     async def put_down(self, state: State, why: str) -> None:
         """End the process, if it is ours, and let go of the connections."""
         self.state, self.why, self.since = state, why, time.monotonic()
+        self.fallen.set()
         self.interrupt(why)
         if self.process is not None:
             process, self.process = self.process, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -94,9 +95,9 @@ class ByBroadcast:
     def __init__(self, fleet: Fleet, bridge: Bridge, config: PublishConfig, device: torch.device):
         self._fleet, self._bridge, self._config, self._device = fleet, bridge, config, device
         self._group: Any = None
+        self._store: Any = None
+        """What the group lives on."""
         self._members: tuple[str, ...] = ()
-        self._count = 0
-        self._deltas: dict[str, Tensor] = {}
 
     async def send(self, tensors: Tensors, version: int) -> int:
         await self._bridge.run(self._fleet.hold())
@@ -114,13 +115,14 @@ class ByBroadcast:
     async def _broadcast(self, bucket: list[tuple[str, Tensor]], told: Bucket, version: int) -> None:
         limit = self._config.timeout_s
         dialect = self._fleet.servers[0].dialect
+        group = self._group
         sent = [flat(bucket)] if dialect.receives_flat else [tensor.contiguous() for _, tensor in bucket]
         received = asyncio.ensure_future(
             self._bridge.run(
                 self._fleet.each(lambda server: server.dialect.receive(server.channel, told, version, limit))
             )
         )
-        sending = asyncio.ensure_future(asyncio.to_thread(groups.broadcast, self._group[0], sent, limit))
+        sending = asyncio.ensure_future(self._bridge.aside(lambda: groups.broadcast(group, sent, limit)))
         try:
             done, _ = await asyncio.wait({received, sending}, return_when=asyncio.FIRST_EXCEPTION)
             for one in done:
@@ -143,11 +145,11 @@ class ByBroadcast:
         members = tuple(f"{server.channel.address} {server.restarts}" for server in servers)
         if self._group is not None and members == self._members:
             return
-        self._group, self._count = None, self._count + 1
+        self._group = None
         address = groups.own_address(servers[0].channel.host)
         backend = "nccl" if self._device.type == "cuda" else "gloo"
         size = 1 + sum(server.world_size for server in servers)
-        name, limit = f"whet{self._count}", self._config.timeout_s
+        name, limit = f"whet-{uuid.uuid4().hex}", self._config.timeout_s  # a server never forgets a name
         meeting = Group(address, groups.free_port(), size, backend, name, limit)
         offsets, offset = {}, 1
         for server in servers:
@@ -158,8 +160,13 @@ class ByBroadcast:
             await server.dialect.join(server.channel, meeting, offsets[server.index], limit)
 
         joined = asyncio.ensure_future(self._bridge.run(self._fleet.each(joins)))
-        opened = asyncio.to_thread(groups.join, address, meeting.port, size, backend, name, limit)
-        self._group, _ = await asyncio.gather(opened, joined)
+        opened = asyncio.ensure_future(
+            self._bridge.aside(lambda: groups.join(address, meeting.port, size, backend, name, limit))
+        )
+        await asyncio.wait({joined, opened}, return_when=asyncio.FIRST_EXCEPTION)
+        if joined.done():
+            joined.result()  # whoever does not join tells why, where we only wait
+        (self._group, self._store), _ = await asyncio.gather(opened, joined)
         self._members = members
 
     def close(self) -> None:

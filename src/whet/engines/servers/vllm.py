@@ -32,7 +32,6 @@ class Vllm:
 
     def __init__(self) -> None:
         self._extended: dict[str, bool] = {}
-        self._models: dict[str, str] = {}
 
     def command(self, config: EngineConfig, start: Start, port: int) -> list[str]:
         settings: dict[str, Any] = {
@@ -100,7 +99,7 @@ class Vllm:
         await channel.ask("/health", timeout_s=timeout_s)
 
     async def working(self, channel: Channel, timeout_s: float) -> None:
-        if await self.knows(channel):
+        if await self.knows(channel, timeout_s):
             await self._call(channel, "whet_hello", timeout_s=timeout_s)
 
     async def max_length(self, channel: Channel, timeout_s: float) -> int | None:
@@ -121,9 +120,7 @@ class Vllm:
             await channel.ask("/abort_requests", {"request_ids": [PREFIX + one for one in ids]}, timeout_s=timeout_s)
 
     async def begin(self, channel: Channel, timeout_s: float) -> None:
-        if channel.address not in self._extended:
-            self._extended[channel.address] = await self._has_extension(channel, timeout_s)
-        if self._extended[channel.address]:
+        if await self.knows(channel, timeout_s):
             await self._call(channel, "whet_begin", timeout_s=timeout_s)
 
     async def open_session(self, channel: Channel, timeout_s: float) -> None:
@@ -133,7 +130,7 @@ class Vllm:
         """`finish` does it."""
 
     async def load_files(self, channel: Channel, folder: str, paths: Sequence[str], timeout_s: float) -> None:
-        if self._extended.get(channel.address):
+        if await self.knows(channel, timeout_s):
             await self._call(channel, "whet_load_files", list(paths), timeout_s=timeout_s)
         else:
             options = {"weights_path": folder}
@@ -141,7 +138,7 @@ class Vllm:
             await channel.ask("/collective_rpc", body, timeout_s=timeout_s, doing="reload weights")
 
     async def join(self, channel: Channel, group: Group, offset: int, timeout_s: float) -> None:
-        self._require_extension(channel, "broadcast")
+        await self._require_extension(channel, "broadcast", timeout_s)
         arguments = (group.address, group.port, offset, group.size, group.backend, group.name, group.timeout_s)
         await self._call(channel, "whet_join", *arguments, timeout_s=timeout_s)
 
@@ -149,12 +146,12 @@ class Vllm:
         await self._call(channel, "whet_receive", bucket.names, bucket.dtypes, bucket.shapes, timeout_s=timeout_s)
 
     async def open(self, channel: Channel, bucket: Bucket, handles: Sequence[str], timeout_s: float) -> None:
-        self._require_extension(channel, "shared")
+        await self._require_extension(channel, "shared", timeout_s)
         arguments = (handles[0], bucket.names, bucket.dtypes, bucket.shapes)
         await self._call(channel, "whet_open", *arguments, timeout_s=timeout_s)
 
     async def finish(self, channel: Channel, version: int, timeout_s: float) -> None:
-        if self._extended.get(channel.address):
+        if await self.knows(channel, timeout_s):
             await self._call(channel, "whet_finish", timeout_s=timeout_s)
 
     async def label(self, channel: Channel, version: int, timeout_s: float) -> None:
@@ -171,12 +168,14 @@ class Vllm:
             return None
 
     async def bits(self, channel: Channel, timeout_s: float) -> list[dict[str, Any]]:
-        return await self._call(channel, "whet_bits", timeout_s=timeout_s) if await self.knows(channel) else []
+        if not await self.knows(channel, timeout_s):
+            return []
+        return await self._call(channel, "whet_bits", timeout_s=timeout_s)
 
-    async def knows(self, channel: Channel) -> bool:
+    async def knows(self, channel: Channel, timeout_s: float) -> bool:
         """Whether the server was started with the extension."""
         if channel.address not in self._extended:
-            self._extended[channel.address] = await self._has_extension(channel, 60.0)
+            self._extended[channel.address] = await self._has_extension(channel, timeout_s)
         return self._extended[channel.address]
 
     async def load_adapter(self, channel: Channel, name: str, folder: str, timeout_s: float) -> None:
@@ -201,8 +200,8 @@ class Vllm:
             raise
         return True
 
-    def _require_extension(self, channel: Channel, transport: str) -> None:
-        if not self._extended.get(channel.address):
+    async def _require_extension(self, channel: Channel, transport: str, timeout_s: float) -> None:
+        if not await self.knows(channel, timeout_s):
             raise EngineError(
                 f"{channel.name} was started without whet's extension of its workers, which engine.publish.by: "
                 f"{transport} needs; start it with {_how_to_extend()}, or set engine.publish.by to file"
