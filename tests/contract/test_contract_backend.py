@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +34,20 @@ TWO_RANKS: Mapping[str, tuple[str, dict[str, Any]]] = {
             "data": {},
             "tensor": {"tensor_parallel": 2},
             "context": {"context_parallel": 2, "micro_batch_size": 2},
-            "ZeRO-1": {"zero_stage": 1},
-            "ZeRO-3": {"zero_stage": 3, "micro_batch_size": 2},
         }.items()
     },
     "awkward units, one by one": ("llama", {"method": "grpo", **settings(micro_batch_size=1)}),
     "three units": ("llama", {"units": (0, 4, 5), **settings(micro_batch_size=1)}),
     "one unit": ("qwen3", {"units": (0,)}),
     "nothing trained on one rank": ("qwen3", {"units": (4, 3)}),
-    "nothing trained on one rank, divided": ("qwen3", {"units": (4, 3), **settings(zero_stage=3)}),
     "scores": ("llama", {"method": "reward", **settings(context_parallel=2)}),
     "values": ("qwen3", {"method": "values", **settings(tensor_parallel=2)}),
     "adapter": ("qwen3", {"adapter": {"rank": 4}, **settings(tensor_parallel=2)}),
     "adapter of a reward model": ("qwen3", {"method": "reward", "adapter": ADAPTER}),
+    "bf16": ("qwen3", {"precision": "bf16", "units": SHORT}),
     "recomputed": ("llama", settings(activation_checkpointing=True, tensor_parallel=2)),
     "kept gathered": ("llama", settings(reshard_after_forward=False)),
-    "recomputed, divided": ("llama", settings(activation_checkpointing=True, zero_stage=3)),
     "offloaded": ("llama", settings(offload="all")),
-    "offloaded, divided": ("llama", settings(offload="all", zero_stage=3)),
     "optimizer offloaded": ("llama", settings(offload="optimizer")),
     "experts of data ranks": ("qwen3_moe", settings(expert_parallel=2, micro_batch_size=2)),
     "experts of context ranks": ("qwen3_moe", settings(expert_parallel=2, context_parallel=2)),
@@ -67,11 +62,6 @@ KEPT: Mapping[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] =
     "adapter": ("qwen3", {"adapter": ADAPTER}, {}, {"context_parallel": 2}),
     "reward model": ("llama", {"method": "reward"}, {}, {"offload": "all"}),
     "experts": ("qwen3_moe", {}, {"expert_parallel": 2}, {}),
-    "divided weights": ("qwen3", {}, {"zero_stage": 3}, {"zero_stage": 1}),
-    "divided weights and a head": ("llama", {"method": "values"}, {"zero_stage": 2}, {"zero_stage": 3}),
-    "adapter of divided weights": ("qwen3", {"adapter": ADAPTER}, {"zero_stage": 3}, {"offload": "optimizer"}),
-    "divided reward model": ("llama", {"method": "reward"}, {"zero_stage": 3}, {"zero_stage": 3}),
-    "divided experts": ("qwen3_moe", {}, {"zero_stage": 3}, {"zero_stage": 3}),
 }
 """Trainings that are saved under one layout and gone on with under another: model, case, the two layouts."""
 FOUR_RANKS: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -79,13 +69,10 @@ FOUR_RANKS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "context, tensor": ("qwen3", {"method": "grpo", **settings(tensor_parallel=2, context_parallel=2)}),
     "more ranks than heads of keys": ("qwen3", settings(context_parallel=4)),
     "more ranks than units": ("llama", {"method": "grpo", "units": (0, 3, 5)}),
-    "more ranks than units, divided": ("llama", {"method": "grpo", "units": (0, 3, 5), **settings(zero_stage=3)}),
-    "replicated experts": ("qwen3_moe", settings(expert_parallel=2)),
     "experts, tensor": ("qwen3_moe", settings(expert_parallel=2, tensor_parallel=2)),
 }
 OFFERS: Mapping[str, set[str]] = {
     "fsdp": {"tensor_parallel", "context_parallel", "expert_parallel", "offload", "reshard_after_forward"},
-    "deepspeed": {"zero_stage", "offload"},
 }
 """Settings that a backend has; cases with others are left out for it."""
 
@@ -107,17 +94,7 @@ def offered(backend: str, given: Mapping[str, Any]) -> bool:
     return {*given.get("settings", {})} <= OFFERS[backend] | common
 
 
-def installed(backend: str) -> bool:
-    return backend != "deepspeed" or find_spec("deepspeed") is not None
-
-
-@pytest.fixture(
-    scope="session",
-    params=[
-        pytest.param(name, marks=pytest.mark.skipif(not installed(name), reason=f"{name} is not installed"))
-        for name in BACKENDS
-    ],
-)
+@pytest.fixture(scope="session", params=BACKENDS)
 def two(request: pytest.FixtureRequest, models, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     """What two ranks found, by case."""
     backend, kept = request.param, tmp_path_factory.mktemp("kept")
@@ -136,15 +113,16 @@ def four(two, models) -> Mapping[str, Any]:
     """What four ranks found, and what they made of a checkpoint of two."""
     chosen = {name: (model, given) for name, (model, given) in FOUR_RANKS.items() if offered(two["backend"], given)}
     cases = {name: case_of(models, model, given) for name, (model, given) in chosen.items()}
-    name = next(name for name in KEPT if f"{name} saved" in two["cases"])
-    cases["weights of two"] = replace(two["cases"][f"{name} saved"], save_to=None, load_from=str(two["kept"] / name))
+    cases["weights of two"] = replace(
+        two["cases"]["weights saved"], save_to=None, load_from=str(two["kept"] / "weights")
+    )
     return {"backend": two["backend"], "cases": cases, **on_ranks(two["backend"], cases, 4)}
 
 
 @cache
-def alone(model: str, method: str, adapter: tuple | None, units: tuple | None, steps: int) -> dict[str, Any]:
+def alone(adapter: tuple, **given: Any) -> dict[str, Any]:
     """The same training in one process."""
-    case = Case(model, method, adapter=dict(adapter) if adapter else None, units=units, steps=steps)
+    case = Case(adapter=dict(adapter) or None, **given)
     return train(case, make(case))
 
 
@@ -152,21 +130,28 @@ def assert_same_training(found: Mapping[str, Any], name: str) -> None:
     if name not in found:
         pytest.skip(f"the backend {found['backend']} has no such settings")
     case, ours = found["cases"][name], found[name]
-    adapter = tuple(sorted(case.adapter.items())) if case.adapter else None
-    local = alone(case.model, case.method, adapter, case.units, case.steps)
+    same = {name: getattr(case, name) for name in ("model", "method", "units", "steps", "precision")}
+    local = alone(tuple((case.adapter or {}).items()), **same)
     done = case.steps // 2 if case.load_from else 0
+    close = 1e-5 if case.precision == "float32" else 2e-2
     for key in ("outputs", "after"):
         assert ours[key].keys() == local[key].keys()
         for output, values in local[key].items():
-            assert torch.allclose(ours[key][output], values, atol=1e-4 if key == "after" else 1e-5), (key, output)
-    assert ours["losses"] == pytest.approx(local["losses"][done:], abs=1e-5)
-    assert ours["norms"] == pytest.approx(local["norms"][done:], rel=1e-4)
+            assert torch.allclose(ours[key][output], values, atol=10 * close if key == "after" else close), (
+                key,
+                output,
+            )
+    assert ours["losses"] == pytest.approx(local["losses"][done:], abs=close)
+    assert ours["norms"] == pytest.approx(local["norms"][done:], rel=10 * close)
     for own, other in zip(ours["metrics"], local["metrics"][done:], strict=True):
-        assert own == pytest.approx(other, rel=1e-3, abs=1e-4)
+        assert own == pytest.approx(other, rel=100 * close, abs=10 * close)
     assert ours["weights"].keys() == local["weights"].keys()
-    for weight, values in local["weights"].items():
-        # Not number by number: Adam makes whole steps of gradients that are nothing but rounding.
-        assert (ours["weights"][weight] - values).norm() <= 1e-3 * values.norm(), weight
+    # Not number by number: Adam makes whole steps of gradients that are nothing but rounding.
+    apart, whole = (
+        torch.stack([f(weight, values).norm() for weight, values in local["weights"].items()]).norm()
+        for f in (lambda weight, values: ours["weights"][weight] - values, lambda _, values: values)
+    )
+    assert apart <= 10 * close * whole
 
 
 @pytest.mark.parametrize("name", TWO_RANKS)

@@ -91,6 +91,9 @@ class Forward:
         known = EXTRAS | {"logprobs", "scores", "hidden", "values"}
         unknown = [one for one in outputs if one not in known and not isinstance(one, REQUESTS)]
         assert not unknown, f"a language model has no outputs {unknown}"
+        if any(isinstance(one, Divergence) for one in outputs):  # which reads the teacher's head
+            teacher = self._its_teacher
+            return teacher.enter(lambda: self.enter(lambda: self._compute(batch, outputs)))
         return self.enter(lambda: self._compute(batch, outputs))
 
     def _compute(self, batch: Batch, outputs: Set[Output]) -> dict[Output, Tensor]:
@@ -142,11 +145,15 @@ class Forward:
                 readers[request] = Words(ids, width=self.words, temperature=request.temperature)
         return readers
 
-    def _divergence(self, request: Divergence, hidden: Tensor) -> DivergenceReader:
+    @property
+    def _its_teacher(self) -> Forward:
         teacher = self._teacher and self._teacher()
         assert teacher is not None, "there is no teacher to learn from"
+        return teacher
+
+    def _divergence(self, request: Divergence, hidden: Tensor) -> DivergenceReader:
         return DivergenceReader(
-            hidden, head(teacher.model), beta=request.beta, width=self.words, temperature=request.temperature
+            hidden, head(self._its_teacher.model), beta=request.beta, width=self.words, temperature=request.temperature
         )
 
     def _nothing(self, batch: Batch, outputs: Set[Output]) -> dict[Output, Tensor]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from whet.backends import experts, kept, sharded, tensor_parallel
 from whet.backends.device import Arithmetic
+from whet.backends.divides import check_divides
 from whet.backends.forward import Forward, Mode
 from whet.backends.local import CRITIC_FOLDER, LocalBackend, explained
 from whet.backends.mesh import make_meshes
@@ -23,12 +24,15 @@ from whet.backends.passes import backward_pass, forward_pass, looked
 from whet.config.backend import BackendConfig
 from whet.config.model import ModelConfig
 from whet.config.optim import OptimConfig
+from whet.errors import ConfigError
 from whet.losses.base import Output
 from whet.methods import Term
 from whet.models.adapters import has_adapter
 from whet.models.load import load_model
+from whet.models.parts import base
 from whet.models.restore import saved_weights
 from whet.models.scores import load_head, save_head
+from whet.models.source import adapter_base, load_config
 from whet.ranks.layout import Layout
 from whet.ranks.share import Share
 from whet.tree import Tree
@@ -55,6 +59,7 @@ class FsdpBackend(LocalBackend):
         temperature: float = 1.0,
         values: bool = False,
     ):
+        check_divides(load_config(adapter_base(model) or model), config)
         self.parallel = layout
         loaded = load_model(model, torch.device("cpu"), scores=scores, hollow=dist.get_rank() > 0)
         if frozen:
@@ -64,9 +69,9 @@ class FsdpBackend(LocalBackend):
 
     def _place(self) -> None:
         if self.parallel.tensor > 1:
-            tensor_parallel.check_divides(self.model, self.parallel.tensor)
+            tensor_parallel.check_structure(self.model)
         if self.parallel.expert > 1:
-            experts.check_divides(self.model, self.parallel.expert)
+            experts.check_structure(self.model)
         self.meshes = make_meshes(self.parallel, self.arithmetic.device.type, self.config.timeout_s)
         self.whole = sharded.Whole(self.model, self.value_head)
         begun = {name: tensor.detach() for name, tensor in self._state()}
@@ -79,6 +84,11 @@ class FsdpBackend(LocalBackend):
         yield from self.whole.named_buffers()
 
     def _forward(self, model: nn.Module, mode: Mode, **options: Any) -> Forward:  # pyright: ignore
+        if mode == "rows" and self.meshes.slices.count > 1:
+            raise ConfigError(
+                f"backend.tensor_parallel is {self.parallel.tensor} and context_parallel {self.parallel.context}, but "
+                f"{type(base(model)).__name__} attends within padded rows only, which cannot be cut; set both to 1"
+            )
         made = Forward(model, mode, **options)
         made.enter = self._inside
         made.slices = self.meshes.slices if self.meshes.slices.count > 1 else None
@@ -153,8 +163,7 @@ class FsdpBackend(LocalBackend):
 
     def export_weights(self, folder: Path) -> None:
         """The weights, in the type they are trained in; those of a value head in a folder of their own."""
-        trained = ((name, weight) for name, weight in self.whole.named_parameters() if weight.requires_grad)
-        kept.require_finite(((name, tensor_parallel.local(w)) for name, w in trained), self.arithmetic.device)
+        kept.require_finite(self.whole, self.arithmetic.device)
         kept.write_model(self.model, self.tokenizer, folder, self.weights(trained=has_adapter(self.model)))
         if self.value_head is not None:
             weight = sharded.full(self.value_head.weight, self.arithmetic.device)

@@ -132,7 +132,10 @@ class LocalBackend:
         self.scaler.unscale_(self.optimizer)
         norm = self._clip(trainable, self.optim.max_grad_norm or float("inf"))
         if not self.scaler.is_enabled() and not torch.isfinite(norm):
-            raise TrainingError(unfit(norm.item()))
+            raise TrainingError(
+                f"the gradient norm is {norm.item()}, although the loss is finite; lower optim.lr, or use "
+                "float32 or bf16 arithmetic (backend.precision). Nothing was updated"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.step(self.optimizer)  # fp16: skips the step when the scaled gradient overflowed
@@ -240,14 +243,6 @@ def explained(config: BackendConfig) -> Iterator[None]:
         raise TrainingError(OUT_OF_MEMORY.format(**remedies)) from error
 
 
-def unfit(norm: float) -> str:
-    """What is said of a gradient that is not finite."""
-    return (
-        f"the gradient norm is {norm}, although the loss is finite; lower optim.lr, or use float32 or bf16 arithmetic "
-        "(backend.precision). Nothing was updated"
-    )
-
-
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Recompute activations in the backward pass, layer by layer."""
     # The newer name where there is one: the older then warns.
@@ -267,6 +262,18 @@ class WithoutAdapter:
         return self.policy.model
 
     @property
+    def compute(self) -> Forward:
+        return self.policy.compute
+
+    @property
+    def counts(self) -> ModelFlops:
+        return self.policy.counts
+
+    @property
+    def peak_flops(self) -> float | None:
+        return self.policy.peak_flops
+
+    @property
     def shares_prefixes(self) -> bool:
         return self.policy.shares_prefixes
 
@@ -274,6 +281,10 @@ class WithoutAdapter:
         """Outputs of the base model."""
         with adapter_off(self.policy.model):
             return self.policy.forward(batch, outputs)
+
+    def weights(self, *, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Those of the policy, the adapter's among them."""
+        return self.policy.weights(trained=trained)
 
     def describe(self) -> dict[str, Any]:
         return self.policy.describe()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from whet.backends.device import Arithmetic
@@ -107,10 +108,22 @@ def _rounding(forward: Forward, arithmetic: Arithmetic, batch: Batch, rounded: T
         return torch.zeros(1, device=rounded.device)
     torch.set_float32_matmul_precision("highest")
     try:
-        exact = forward.enter(lambda: own_logprobs(forward.model, batch, forward.temperature))
+        with _Promoting():
+            exact = forward.enter(lambda: own_logprobs(forward.model, batch, forward.temperature))
     finally:
         torch.set_float32_matmul_precision(arithmetic.matmul)
     return (rounded - exact).abs()[batch.loss_mask]
+
+
+class _Promoting(TorchFunctionMode):
+    """Products of float32 and shorter numbers are of float32: weights that ranks gather are as short as autocast's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+        if len({a.dtype for a in tensors}) > 1 and any(a.dtype == torch.float32 for a in tensors):
+            mixed = {id(a) for a in tensors if a.dtype in (torch.bfloat16, torch.float16)}
+            args = tuple(a.float() if id(a) in mixed else a for a in args)
+        return func(*args, **(kwargs or {}))
 
 
 class _Listener:

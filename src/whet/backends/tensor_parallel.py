@@ -26,23 +26,13 @@ HEADS_IN, HEADS_OUT = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj"), "
 WIDTH_IN, WIDTH_OUT = ("gate_proj", "up_proj"), "down_proj"
 
 
-def check_divides(model: nn.Module, ranks: int) -> None:
-    """Raises ConfigError for a model whose heads, or whose kinds of layers, do not divide over so many ranks."""
-    config, name = base(model).config.get_text_config(), type(base(model)).__name__
-    for what in ("num_attention_heads", "num_key_value_heads"):
-        count = getattr(config, what, None) or config.num_attention_heads
-        if count % ranks:
-            raise ConfigError(
-                f"backend.tensor_parallel is {ranks}, but {name} has {count} {what}, which that does not divide; lower "
-                "it to a divisor, or use backend.context_parallel"
-            )
+def check_structure(model: nn.Module) -> None:
+    """Raises ConfigError for a model whose layers are made of other parts than are known to be divided."""
     if not all(_attention_of(layer) is not None for layer in decoder_layers(model)):
         raise ConfigError(
-            f"backend.tensor_parallel is {ranks}, but the attention of {name} is not made of {', '.join(HEADS_IN[:3])} "
-            f"and {HEADS_OUT}; use backend.context_parallel"
+            f"backend.tensor_parallel is given, but the attention of {type(base(model)).__name__} is not made of "
+            f"{', '.join(HEADS_IN[:3])} and {HEADS_OUT}; use backend.context_parallel"
         )
-    if any(getattr(module, "use_dora", None) and any(module.use_dora.values()) for module in model.modules()):
-        raise ConfigError("backend.tensor_parallel does not go with model.adapter.dora; leave one of the two out")
 
 
 def divide(layer: nn.Module, mesh: DeviceMesh, slices: Slices) -> None:

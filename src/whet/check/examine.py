@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from whet.backends.divides import check_divides
 from whet.check import judge
 from whet.check.memory import Estimate, estimate, shortage
 from whet.check.work import Units, Work, units_of_prompts, units_of_rows, work_of
@@ -27,6 +28,7 @@ from whet.feeds.rows import RowFeed
 from whet.keeper import Keeper
 from whet.methods import METHODS, Method, completed
 from whet.models.load import check_model_folder, load_tokenizer, stop_tokens_in_files
+from whet.models.source import adapter_base, load_config
 from whet.models.vocabulary import check_same_vocabulary
 from whet.recipe import method_of
 from whet.roles import backend_maker, critic_of, engine_maker, frozen_models, resamples
@@ -101,6 +103,9 @@ def _models(found: Examined) -> int | None:
         found.tokenizer = load_tokenizer(config.model)
     with errors.going_on():
         positions = check_model_folder(config.model, scores=found.method is not None and found.method.scores)
+    if config.backend.use == "fsdp":
+        with errors.going_on():
+            check_divides(load_config(adapter_base(config.model) or config.model), config.backend)
     beside = {} if found.method is None else frozen_models(config, found.method)
     for setting, model in beside.items():
         with errors.going_on():

@@ -69,6 +69,7 @@ def parallel_problems(config: RunConfig) -> Iterator[Problem]:
             "use; leave it at local, and set engine.use to vllm or sglang for a model that one device does not hold",
         )
     yield from _backend(config.backend)
+    yield from _fsdp(config)
     yield from _processes(config.backend, config.cluster)
     yield from _cluster(config.cluster)
     yield from _engine(config.engine, config.cluster)
@@ -84,6 +85,33 @@ def _backend(backend: BackendConfig) -> Iterator[Problem]:
                 f"but the backend {backend.use} does not have it; remove it, or set backend.use to "
                 f"{' or '.join(owners)}",
             )
+
+
+def _fsdp(config: RunConfig) -> Iterator[Problem]:
+    """What the backend fsdp cannot do with a model."""
+    backend, model = config.backend, config.model
+    if backend.use != "fsdp":
+        return
+    if model.quantization is not None:
+        yield Problem(
+            ("model", "quantization"),
+            "model.quantization is given, but the backend fsdp shards plain weights only; set backend.use to deepspeed "
+            "(zero_stage 2) or local, or remove it",
+        )
+    if backend.precision == "fp16":
+        text = "but the backend fsdp does not scale losses over processes; use bf16, which needs no scaling"
+        yield _problem("backend", "precision", backend, text)
+    divided = [name for name in ("tensor_parallel", "context_parallel") if getattr(backend, name) > 1]
+    if divided and model.attention == "rows":
+        text = "but model.attention is 'rows', and padded rows are not cut into slices; leave model.attention at auto"
+        yield _problem("backend", divided[0], backend, text)
+    adapter = model.adapter
+    if backend.tensor_parallel > 1 and adapter is not None:
+        is_anchored = adapter.init == "olora" or adapter.init.startswith("pissa")
+        for name, is_given in (("dora", adapter.dora), ("init", is_anchored)):
+            if is_given:
+                text = f"but model.adapter.{name} {show(getattr(adapter, name))} is of whole matrices; remove one"
+                yield _problem("backend", "tensor_parallel", backend, text)
 
 
 def _processes(backend: BackendConfig, cluster: ClusterConfig) -> Iterator[Problem]:
