@@ -228,6 +228,8 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, value)
     for name in ("huggingface_hub", "httpx", "absl"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Imported by others wherever it is installed; it sets the level of its logger itself.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|huggingface_hub)\b")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,15 @@ TWO_RANKS: Mapping[str, tuple[str, dict[str, Any]]] = {
             "data": {},
             "tensor": {"tensor_parallel": 2},
             "context": {"context_parallel": 2, "micro_batch_size": 2},
+            "ZeRO-1": {"zero_stage": 1},
+            "ZeRO-3": {"zero_stage": 3, "micro_batch_size": 2},
         }.items()
     },
     "awkward units, one by one": ("llama", {"method": "grpo", **settings(micro_batch_size=1)}),
     "three units": ("llama", {"units": (0, 4, 5), **settings(micro_batch_size=1)}),
     "one unit": ("qwen3", {"units": (0,)}),
     "nothing trained on one rank": ("qwen3", {"units": (4, 3)}),
+    "nothing trained on one rank, divided": ("qwen3", {"units": (4, 3), **settings(zero_stage=3)}),
     "scores": ("llama", {"method": "reward", **settings(context_parallel=2)}),
     "values": ("qwen3", {"method": "values", **settings(tensor_parallel=2)}),
     "adapter": ("qwen3", {"adapter": {"rank": 4}, **settings(tensor_parallel=2)}),
@@ -47,7 +51,9 @@ TWO_RANKS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "bf16": ("qwen3", {"precision": "bf16", "units": SHORT}),
     "recomputed": ("llama", settings(activation_checkpointing=True, tensor_parallel=2)),
     "kept gathered": ("llama", settings(reshard_after_forward=False)),
+    "recomputed, divided": ("llama", settings(activation_checkpointing=True, zero_stage=3)),
     "offloaded": ("llama", settings(offload="all")),
+    "offloaded, divided": ("llama", settings(offload="all", zero_stage=3)),
     "optimizer offloaded": ("llama", settings(offload="optimizer")),
     "experts of data ranks": ("qwen3_moe", settings(expert_parallel=2, micro_batch_size=2)),
     "experts of context ranks": ("qwen3_moe", settings(expert_parallel=2, context_parallel=2)),
@@ -62,6 +68,11 @@ KEPT: Mapping[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] =
     "adapter": ("qwen3", {"adapter": ADAPTER}, {}, {"context_parallel": 2}),
     "reward model": ("llama", {"method": "reward"}, {}, {"offload": "all"}),
     "experts": ("qwen3_moe", {}, {"expert_parallel": 2}, {}),
+    "divided weights": ("qwen3", {}, {"zero_stage": 3}, {"zero_stage": 1}),
+    "divided weights and a head": ("llama", {"method": "values"}, {"zero_stage": 2}, {"zero_stage": 3}),
+    "adapter of divided weights": ("qwen3", {"adapter": ADAPTER}, {"zero_stage": 3}, {"offload": "optimizer"}),
+    "divided reward model": ("llama", {"method": "reward"}, {"zero_stage": 3}, {"zero_stage": 3}),
+    "divided experts": ("qwen3_moe", {}, {"zero_stage": 3}, {"zero_stage": 3}),
 }
 """Trainings that are saved under one layout and gone on with under another: model, case, the two layouts."""
 FOUR_RANKS: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -69,10 +80,12 @@ FOUR_RANKS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "context, tensor": ("qwen3", {"method": "grpo", **settings(tensor_parallel=2, context_parallel=2)}),
     "more ranks than heads of keys": ("qwen3", settings(context_parallel=4)),
     "more ranks than units": ("llama", {"method": "grpo", "units": (0, 3, 5)}),
+    "more ranks than units, divided": ("llama", {"method": "grpo", "units": (0, 3, 5), **settings(zero_stage=3)}),
     "experts, tensor": ("qwen3_moe", settings(expert_parallel=2, tensor_parallel=2)),
 }
 OFFERS: Mapping[str, set[str]] = {
     "fsdp": {"tensor_parallel", "context_parallel", "expert_parallel", "offload", "reshard_after_forward"},
+    "deepspeed": {"zero_stage", "offload"},
 }
 """Settings that a backend has; cases with others are left out for it."""
 
@@ -94,7 +107,17 @@ def offered(backend: str, given: Mapping[str, Any]) -> bool:
     return {*given.get("settings", {})} <= OFFERS[backend] | common
 
 
-@pytest.fixture(scope="session", params=BACKENDS)
+def installed(backend: str) -> bool:
+    return backend != "deepspeed" or find_spec("deepspeed") is not None
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(name, marks=pytest.mark.skipif(not installed(name), reason=f"{name} is not installed"))
+        for name in BACKENDS
+    ],
+)
 def two(request: pytest.FixtureRequest, models, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     """What two ranks found, by case."""
     backend, kept = request.param, tmp_path_factory.mktemp("kept")
@@ -113,9 +136,8 @@ def four(two, models) -> Mapping[str, Any]:
     """What four ranks found, and what they made of a checkpoint of two."""
     chosen = {name: (model, given) for name, (model, given) in FOUR_RANKS.items() if offered(two["backend"], given)}
     cases = {name: case_of(models, model, given) for name, (model, given) in chosen.items()}
-    cases["weights of two"] = replace(
-        two["cases"]["weights saved"], save_to=None, load_from=str(two["kept"] / "weights")
-    )
+    name = next(name for name in KEPT if f"{name} saved" in two["cases"])
+    cases["weights of two"] = replace(two["cases"][f"{name} saved"], save_to=None, load_from=str(two["kept"] / name))
     return {"backend": two["backend"], "cases": cases, **on_ranks(two["backend"], cases, 4)}
 
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.awkward_units import awkward_units
+from whet.backends.deepspeed import DeepSpeedBackend
 from whet.backends.device import Arithmetic
 from whet.backends.fsdp import FsdpBackend
 from whet.backends.local import LocalBackend
@@ -41,9 +42,9 @@ from whet.ranks.share import shares
 from whet.tally import Tally, weight_keys
 from whet.types import Sample, Unit
 
-BACKENDS = {"fsdp": FsdpBackend}
+BACKENDS = {"fsdp": FsdpBackend, "deepspeed": DeepSpeedBackend}
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 150
+TIMEOUT_S = 400
 
 TERMS = {
     "sft": [Term("sft", LOSSES["sft"], "token", options={"label_smoothing": 0.1})],
@@ -69,6 +70,8 @@ class Case:
     method: str = "sft"
     settings: Mapping[str, Any] = field(default_factory=dict)
     adapter: Mapping[str, Any] | None = None
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings of the model: its type, its quantisation."""
     units: Sequence[int] | None = None
     steps: int = 20
     precision: str = "float32"
@@ -113,7 +116,7 @@ def _pairs() -> list[Unit]:
 def make(case: Case, backend: str = "local") -> Any:
     """The backend of a case: `local`, or this rank's part of another."""
     config = BackendConfig(**{"timeout_s": 30.0, **case.settings})
-    model = ModelConfig(path=case.model, adapter=case.adapter)  # pyright: ignore[reportArgumentType]
+    model = ModelConfig(path=case.model, adapter=case.adapter, **case.weights)  # pyright: ignore[reportArgumentType]
     tokenizer, scores = load_tokenizer(model), case.method == "reward"
     arithmetic = Arithmetic(torch.device("cpu"), torch.bfloat16 if case.precision == "bf16" else None, "highest")
     options = {"optim": OptimConfig(max_grad_norm=0.5), "values": case.method == "values"}

@@ -163,7 +163,8 @@ class FsdpBackend(LocalBackend):
 
     def export_weights(self, folder: Path) -> None:
         """The weights, in the type they are trained in; those of a value head in a folder of their own."""
-        kept.require_finite(self.whole, self.arithmetic.device)
+        trained = ((name, weight) for name, weight in self.whole.named_parameters() if weight.requires_grad)
+        kept.require_finite(((name, tensor_parallel.local(w)) for name, w in trained), self.arithmetic.device)
         kept.write_model(self.model, self.tokenizer, folder, self.weights(trained=has_adapter(self.model)))
         if self.value_head is not None:
             weight = sharded.full(self.value_head.weight, self.arithmetic.device)

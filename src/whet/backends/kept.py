@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, load, save
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from whet.errors import CheckpointError, ModelError, TrainingError
@@ -31,15 +30,17 @@ FOLDER = "optimizer"
 Named = Iterator[tuple[str, Tensor]]
 
 
-def require_finite(model: nn.Module, device: torch.device) -> None:
-    """Raises TrainingError, on all ranks, where a trained weight is not finite: what follows from NaN is NaN."""
-    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    local = [weight.to_local() if isinstance(weight, DTensor) else weight for _, weight in trained]
-    bad = torch.stack([(~torch.isfinite(part)).any() for part in local]).float().to(device)
+def require_finite(parts: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
+    """Raises TrainingError, on all ranks, where a weight is not finite: what follows from NaN is NaN.
+
+    `parts` is what this rank has of each trained weight, in the same order on every rank.
+    """
+    found = [(name, (~torch.isfinite(part)).any()) for name, part in parts]
+    bad = torch.stack([one.to(device) for _, one in found]).float()
     dist.all_reduce(bad, dist.ReduceOp.MAX)
     if bad.any():
         raise TrainingError(
-            f"{trained[int(bad.argmax())][0]} holds numbers that are not finite, so nothing was saved; go on from an "
+            f"{found[int(bad.argmax())][0]} holds numbers that are not finite, so nothing was saved; go on from an "
             "earlier checkpoint with a lower optim.lr"
         )
 

@@ -132,10 +132,7 @@ class LocalBackend:
         self.scaler.unscale_(self.optimizer)
         norm = self._clip(trainable, self.optim.max_grad_norm or float("inf"))
         if not self.scaler.is_enabled() and not torch.isfinite(norm):
-            raise TrainingError(
-                f"the gradient norm is {norm.item()}, although the loss is finite; lower optim.lr, or use "
-                "float32 or bf16 arithmetic (backend.precision). Nothing was updated"
-            )
+            raise TrainingError(unfit(norm.item()))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.step(self.optimizer)  # fp16: skips the step when the scaled gradient overflowed
@@ -241,6 +238,14 @@ def explained(config: BackendConfig) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         remedies = {"max_tokens": config.max_tokens_per_device, "chunk_mb": config.head_chunk_mb}
         raise TrainingError(OUT_OF_MEMORY.format(**remedies)) from error
+
+
+def unfit(norm: float) -> str:
+    """What is said of a gradient that is not finite."""
+    return (
+        f"the gradient norm is {norm}, although the loss is finite; lower optim.lr, or use float32 or bf16 arithmetic "
+        "(backend.precision). Nothing was updated"
+    )
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from whet.config.algorithm_rules import REINFORCES, algorithm_problems, credits_of, min_group_of
 from whet.config.data import DataConfig
+from whet.config.deepspeed import deepspeed_problems
 from whet.config.evaluation import EvalConfig
 from whet.config.evaluation_rules import OF_PROMPTS, evaluation_problems
 from whet.config.model import QuantizationConfig
@@ -358,6 +359,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _reference,
     _groups,
     parallel_problems,
+    deepspeed_problems,
     _loss,
     _precision,
     _quantised,

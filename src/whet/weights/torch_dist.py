@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,7 +28,7 @@ from whet.models.scores import KEY as SCORE
 from whet.models.source import read_json
 from whet.weights.arguments import CONFIG, config_of, read_arguments, write_arguments
 from whet.weights.names import in_files, parameter_names, skeleton
-from whet.weights.stored import Entry, Layout, Stored, checked, digest
+from whet.weights.stored import Entry, Layout, Stored, checked, noting
 
 NAME = "torch_dist"
 METADATA_FILE = ".metadata"
@@ -67,11 +67,7 @@ def open_folder(folder: Path) -> Stored:
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     _check_files(folder, metadata)
     told = read_json(folder / TOLD_FILE) if (folder / TOLD_FILE).is_file() else {}
-    inside = {
-        name: Entry(kept.properties.dtype, tuple(kept.size))
-        for name, kept in metadata.state_dict_metadata.items()
-        if isinstance(kept, TensorStorageMetadata)
-    }
+    inside = described(metadata)
     arguments = read_arguments(folder)
     if CONFIG not in arguments:
         raise ModelError(
@@ -104,12 +100,25 @@ def write(stored: Stored, folder: Path, options: Mapping[str, Any] | None = None
     shard_gb = options.pop("shard_gb", None) or SHARD_GB
     if options:
         raise ModelError(f"the format {NAME} has no option {', '.join(options)}")
-    places: dict[MetadataIndex, _StorageInfo] = {}
     digests: dict[str, str] = {}
+    write_tensors(noting(stored, digests).read(), folder, shard_gb=shard_gb)
+    layout = stored.layout.to_json() if stored.layout is not None else None
+    told = {"layout": layout, "digests": digests}
+    (folder / TOLD_FILE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    write_arguments(stored.arguments, folder)
+
+
+def write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, shard_gb: float = SHARD_GB) -> int:
+    """Write tensors as they come, each whole, and last of all what they are, without which the folder is not complete.
+
+    Returns how many there were; of none nothing is written.
+    """
+    entries: dict[str, Entry] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
     file: BinaryIO | None = None
     number = 0
     try:
-        for name, tensor in stored.read():
+        for name, tensor in tensors:
             if file is not None and file.tell() >= shard_gb * 1e9:
                 file.close()
                 file, number = None, number + 1
@@ -117,20 +126,25 @@ def write(stored: Stored, folder: Path, options: Mapping[str, Any] | None = None
             file = file or (folder / file_name).open("wb")
             begin = file.tell()
             # A view would bring along all of the memory that it looks into.
-            torch.save(
-                tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone(), file
-            )
-            index = MetadataIndex(name, [0] * tensor.dim())
-            places[index] = _StorageInfo(file_name, begin, file.tell() - begin)
-            digests[name] = digest(tensor)
+            tensor = tensor.contiguous()
+            torch.save(tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone(), file)
+            places[MetadataIndex(name, [0] * tensor.dim())] = _StorageInfo(file_name, begin, file.tell() - begin)
+            entries[name] = Entry(tensor.dtype, tuple(tensor.shape))
     finally:
         if file is not None:
             file.close()
-    layout = stored.layout.to_json() if stored.layout is not None else None
-    told = {"layout": layout, "digests": digests}
-    (folder / TOLD_FILE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    write_arguments(stored.arguments, folder)
-    _write_metadata(stored.entries, places, folder)
+    if entries:
+        _write_metadata(entries, places, folder)
+    return len(entries)
+
+
+def described(metadata: Metadata) -> dict[str, Entry]:
+    """The tensors that a checkpoint's metadata tells of."""
+    return {
+        name: Entry(kept.properties.dtype, tuple(kept.size))
+        for name, kept in metadata.state_dict_metadata.items()
+        if isinstance(kept, TensorStorageMetadata)
+    }
 
 
 def _write_metadata(entries: Mapping[str, Entry], places: dict[MetadataIndex, _StorageInfo], folder: Path) -> None:
