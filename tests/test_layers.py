@@ -49,7 +49,7 @@ CONFINED = {
     "sglang": set(),
     "megatron": {"backends/megatron/"},
     "deepspeed": {"backends/deepspeed.py"},
-    "ray": {"cluster/ray.py"},
+    "ray": {"cluster/ray/"},
     "peft": {"models/"},
     "httpx2": {"engines/servers/http.py", "rewards/endpoint.py", "rewards/judge.py"},
     "bitsandbytes": {"models/quantize.py"},

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0, 2 for what a user can mend, 130 after an interrupt."""
+    """Run a command. Returns the exit code: 0, 2 for what a user can mend, 75 where a process or a machine of the
+    run was lost, 130 after an interrupt."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[command](rest)
     except WhetError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except PermissionError as error:
         print(
             f"{error.filename or 'a file'}: {error.strerror}; change its permissions, or run as its owner",
@@ -98,6 +99,10 @@ def _over_processes(config: RunConfig, command: Sequence[str], work: Callable[[R
     from whet.ranks.environment import RANK, size_in_environment
 
     size = size_in_environment()
+    if size is None and config.cluster.address is not None:
+        from whet.cluster.ray.run import launch as launch_on_cluster
+
+        return launch_on_cluster(config, command)
     if size is None and config.cluster.size > 1:
         from whet.ranks.launch import launch
 

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 
 class WhetError(Exception):
-    """Base of all errors that whet raises for its users. The command line prints them and exits 2."""
+    """Base of all errors that whet raises for its users. The command line prints them and exits with `exit_code`."""
+
+    exit_code = 2
 
 
 class ConfigError(WhetError, ValueError):
@@ -39,7 +41,10 @@ class TrainingError(WhetError, RuntimeError):
 
 
 class ClusterError(WhetError, RuntimeError):
-    """A process or a machine of a run was lost, or kept the others waiting for too long."""
+    """A process or a machine of a run was lost, or kept the others waiting for too long. The same command may succeed
+    another time, so it has an exit code of its own."""
+
+    exit_code = 75
 
 
 class SeveralErrors(WhetError):

@@ -88,12 +88,16 @@ def _watch(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         return codes[0] or 0
     rank, code = failed
     if rank or code < 0:  # else rank 0 says itself what went wrong
-        print(f"ClusterError: rank {rank} (pid {ranks[rank].pid}) {_ended(code)}; the run has ended", file=sys.stderr)
+        print(
+            f"ClusterError: rank {rank} (pid {ranks[rank].pid}) {how_it_ended(code)}; the run has ended",
+            file=sys.stderr,
+        )
     code = codes[0] or code
     return code if code > 0 else 128 - code
 
 
-def _ended(code: int) -> str:
+def how_it_ended(code: int) -> str:
+    """What the exit code of a process says, after its name."""
     if code >= 0:
         return f"ended with exit code {code}"
     try:
