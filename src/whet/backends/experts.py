@@ -21,11 +21,18 @@ from whet.models.parts import base
 
 
 def check_structure(model: nn.Module) -> None:
-    """Raises ConfigError for a model whose experts are not stacked, one tensor for all of a layer."""
-    if not any(_stacks(layer) for layer in decoder_layers(model)):
+    """Raises ConfigError for a model whose experts are not stacked, one tensor for all of a layer, or carry an
+    adapter."""
+    stacks = {module for layer in decoder_layers(model) for module in _stacks(layer)}
+    if not stacks:
         raise ConfigError(
             f"backend.expert_parallel is given, but {type(base(model)).__name__} has no layers of experts with stacked "
             "weights; leave it out"
+        )
+    if any(name.endswith(".base_layer") for name, module in model.named_modules() if module in stacks):
+        raise ConfigError(
+            "backend.expert_parallel is given, but experts with an adapter are not divided; leave it out, or the "
+            "experts out of model.adapter.target_modules ([q_proj, k_proj, v_proj, o_proj])"
         )
 
 
