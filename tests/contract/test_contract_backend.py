@@ -64,6 +64,7 @@ TWO_RANKS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 KEPT: Mapping[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "weights": ("qwen3", {}, {}, {"tensor_parallel": 2}),
+    "before the first step": ("qwen3", {"steps": 1}, {}, {"tensor_parallel": 2}),
     "divided matrices": ("llama", {"method": "values"}, {"tensor_parallel": 2}, {}),
     "adapter": ("qwen3", {"adapter": ADAPTER}, {}, {"context_parallel": 2}),
     "reward model": ("llama", {"method": "reward"}, {}, {"offload": "all"}),
@@ -125,7 +126,7 @@ def two(request: pytest.FixtureRequest, models, tmp_path_factory: pytest.TempPat
     cases = {name: case_of(models, model, given) for name, (model, given) in chosen.items()}
     for name, (model, given, before, after) in KEPT.items():
         if offered(backend, {"settings": {**before, **after}}):
-            case = case_of(models, model, {**given, "steps": 4})
+            case = case_of(models, model, {"steps": 4, **given})
             cases[f"{name} saved"] = replace(case, settings=before, save_to=str(kept / name))
             cases[f"{name} loaded"] = replace(case, settings=after, load_from=str(kept / name))
     return {"backend": backend, "kept": kept, "cases": cases, **on_ranks(backend, cases, 2)}

@@ -139,12 +139,15 @@ def train(case: Case, backend: Any) -> dict[str, Any]:
         backend.load(Path(case.load_from))
         steps = range(case.steps // 2, case.steps)
     for step in steps:
+        if case.save_to is not None and step == case.steps // 2:
+            backend.save(Path(case.save_to))
         metrics = backend.forward_backward(batch, terms)
         found["losses"].append(metrics["loss"])
         found["metrics"].append(metrics)
         found["norms"].append(backend.optim_step(3e-3)["grad_norm"])
-        if case.save_to is not None and step + 1 == case.steps // 2:
-            backend.save(Path(case.save_to))
+        if step == 1:  # as around the sampling of an engine on the same device
+            backend.offload()
+            backend.onload()
     found["after"] = backend.forward(batch, outputs)
     found["weights"] = {name: weight.clone() for name, weight in backend.weights()}
     return found

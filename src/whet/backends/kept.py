@@ -88,8 +88,9 @@ def _write_adapter(model: nn.Module, folder: Path, weights: Named) -> None:
 
 
 def write_optimizer(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, Tensor]], folder: Path) -> None:
-    """Every rank writes its part of the optimizer's state."""
-    save(_state(optimizer, named), storage_writer=FileSystemWriter(folder / FOLDER))
+    """Every rank writes its part of the optimizer's state; nothing before the first step."""
+    if state := _state(optimizer, named):
+        save(state, storage_writer=FileSystemWriter(folder / FOLDER))
 
 
 def read_optimizer(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, Tensor]], folder: Path) -> None:
@@ -97,6 +98,9 @@ def read_optimizer(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, 
 
     Raises CheckpointError where it was written for other weights.
     """
+    optimizer.state.clear()
+    if not (folder / FOLDER).is_dir():  # no step had been made
+        return
     for group in optimizer.param_groups:
         for weight in group["params"]:
             moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
