@@ -17,6 +17,7 @@ from whet.config.run import RunConfig
 from whet.engines.local.weights import num_bytes
 from whet.engines.servers import sglang, vllm
 from whet.engines.servers.engine import Served, ServerEngine
+from whet.errors import ConfigError
 from whet.models.adapters import has_adapter
 from whet.models.parts import base
 from whet.types import Sample, Unit
@@ -40,7 +41,11 @@ def server_engine(
     stop_token_ids: Sequence[int],
     arithmetic: Arithmetic,
 ) -> ServerEngine:
-    """An engine of servers that sample from the model of this backend."""
+    """An engine of servers that sample from the model of this backend. Raises ConfigError for what they cannot do."""
+    if config.engine.sleep and arithmetic.device.type == "cpu" and config.engine.address is None:
+        raise ConfigError(
+            "engine.sleep is true, but servers on a CPU have no memory of a GPU to give up; remove it, or use a GPU"
+        )
     model: nn.Module = backend.model
     inner, engine = base(model), config.engine
     text = inner.config.get_text_config()

@@ -176,3 +176,16 @@ async def test_an_adapter_is_sent_alone_or_merged(sglang_server, tmp_path, make)
         finally:
             await engine.close()
     assert sizes["alone"] < sizes["merged"] / 4
+
+
+async def test_memory_is_given_up_and_taken_back_with_the_next_request(make, trainer, sglang_server):
+    engine = await make(sleep=True)
+    engine.release()
+    released = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 1}}
+    assert httpx2.post(f"{sglang_server.address}/generate", json=released, trust_env=False).status_code == 500
+    completion = await engine.generate(PROMPT, Sampling(max_tokens=2, ignore_eos=True))
+    assert difference(trainer, completion) < 1e-4
+    engine.release()
+    trainer.change(seed=2)
+    await engine.update_weights(trainer.snapshot(1))
+    assert difference(trainer, await engine.generate(PROMPT, Sampling(max_tokens=2, ignore_eos=True))) < 1e-4

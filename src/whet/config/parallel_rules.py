@@ -182,6 +182,9 @@ def _engine(engine: EngineConfig, cluster: ClusterConfig) -> Iterator[Problem]:
             remedy = f"set {setting} instead" if setting else "remove it"
             text = f"engine.options has {name}, which whet sets itself when it starts {engine.use}; {remedy}"
             yield Problem(("engine", "options"), text)
+    if engine.router == "sglang-router" and engine.use == "vllm":
+        text = "but it does not know vLLM's calls for tokens; leave it out, or set engine.use to sglang"
+        yield _problem("engine", "router", engine, text)
     if engine.use == "sglang" and engine.publish.delta and engine.publish.by == "file":
         text = (
             "engine.publish.delta is true, but sglang reads complete folders only; set engine.publish.by to broadcast"

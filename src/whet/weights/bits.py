@@ -6,7 +6,7 @@ So what the trainer sent can be held against what an engine holds, whose layers 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -60,11 +60,3 @@ def differing(sent: Sums, held: Sums) -> tuple[list[str], int]:
     """
     compared = [name for name, (_, count) in sent.groups.items() if held.groups.get(name, [0, -1])[1] >= count]
     return [name for name in compared if sent.groups[name][0] != held.groups[name][0]], len(compared)
-
-
-def total(pairs: Iterable[tuple[str, Tensor]]) -> Sums:
-    """The sums over a pass of tensors."""
-    sums = Sums()
-    for name, tensor in pairs:
-        sums.add(name, tensor)
-    return sums

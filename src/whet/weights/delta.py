@@ -68,17 +68,5 @@ def metadata(entries: dict[str, dict[str, Any]]) -> dict[str, str]:
     return {KEY: json.dumps(entries)}
 
 
-def decode(data: bytes, entry: dict[str, Any], before: Tensor | None) -> Tensor:
-    """The tensor that compressed bytes stand for. Raises ValueError where it is not what was sent."""
-    raw = torch.frombuffer(bytearray(zlib.decompress(data)), dtype=torch.uint8)
-    raw = raw.view(entry["width"], -1).t().contiguous().view(-1)
-    if entry["kind"] == "xor":
-        assert before is not None, "a difference follows what it differs from"
-        raw = raw ^ before.contiguous().view(-1).view(torch.uint8)
-    if zlib.crc32(raw.numpy().tobytes()) != entry["crc32"]:
-        raise ValueError("the tensor does not have the checksum it was sent with")
-    return raw.view(getattr(torch, entry["dtype"])).view(entry["shape"])
-
-
 def _packed(data: Tensor, width: int) -> bytes:
     return zlib.compress(data.view(-1, width).t().contiguous().numpy().tobytes(), LEVEL)

@@ -20,6 +20,7 @@ from whet.engines.servers.dialect import Dialect, Start
 from whet.engines.servers.fleet import Fleet
 from whet.engines.servers.publish import Publisher
 from whet.engines.servers.request import Request
+from whet.engines.servers.router import Router
 from whet.engines.servers.server import CONTROL_S, Server
 from whet.engines.servers.transports import ByBroadcast, ByFile, ByHandle, Transport
 from whet.engines.servers.verify import Expected
@@ -73,7 +74,8 @@ class ServerEngine:
     def __init__(self, dialect: Dialect, config: EngineConfig, served: Served, remedy: Callable[[bool], str]) -> None:
         self._config, self._served, self._dialect = config, served, dialect
         self._bridge = Bridge(f"whet {dialect.name} servers")
-        self._fleet = Fleet(self._servers(), config, frozenset(served.stop_token_ids), self._restore)
+        self._router = Router(config, served.output_dir / "engines") if config.router == "sglang-router" else None
+        self._fleet = Fleet(self._servers(), config, frozenset(served.stop_token_ids), self._restore, self._router)
         adapter = self._adapter()
         self._publisher = Publisher(
             self._fleet,
@@ -219,6 +221,8 @@ class ServerEngine:
             for server in self._fleet.servers:
                 if server.process is not None:
                     server.process.end()
+            if self._router is not None:
+                self._router.end()
             self._publisher.close()
 
     def _end(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from whet.config.engine import EngineConfig
 from whet.engines.servers.http import Unreachable
 from whet.engines.servers.request import Request
+from whet.engines.servers.router import Router
 from whet.engines.servers.server import CONTROL_S, Server
 from whet.errors import EngineError
 from whet.types import Completion
@@ -47,7 +48,8 @@ class Losses:
 class Fleet:
     """Servers, and the requests among them. Lives in one event loop.
 
-    `restore` brings the current weights to a server that has come up, and returns whether it could.
+    `restore` brings the current weights to a server that has come up, and returns whether it could. With a `router`
+    completions go through it.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class Fleet:
         config: EngineConfig,
         stop_token_ids: frozenset[int],
         restore: Callable[[Server], Awaitable[bool]],
+        router: Router | None = None,
     ) -> None:
+        self._router = router
         self.servers, self._config, self._stops, self._restore = list(servers), config, stop_token_ids, restore
         self.losses = Losses()
         self.paused = False
@@ -76,6 +80,8 @@ class Fleet:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+        if self._router is not None:
+            await self._router.start()
         for server in self.servers:
             await self._admit(server)
             self._spawn(self._watch(server))
@@ -207,7 +213,7 @@ class Fleet:
                     request.interrupt("aborted")
                 break
             for server in self.living:
-                ids = [one.id for one in left if one.id in server.active]
+                ids = [one.id for one in left if self._router is not None or one.id in server.active]
                 with contextlib.suppress(EngineError):  # a server that fails is seen by its watch
                     await server.dialect.abort(server.channel, ids, ABORT_S)
             # A request that had not reached its server when it was told is told again.
@@ -328,6 +334,11 @@ class Fleet:
         )
         why = str(error) if again else f"{error} (started again {server.restarts} times, engine.max_restarts)"
         await server.put_down("down" if again else "gone", why)
+        if self._router is not None:
+            for one in self.servers:  # who had which request, only the router knows
+                one.interrupt(why)
+            with contextlib.suppress(EngineError):
+                await self._router.serve([one.channel.address for one in self.living])
         self._wake()
 
     async def _bring_back(self, server: Server) -> None:
@@ -352,7 +363,11 @@ class Fleet:
 
     async def _admit(self, server: Server) -> None:
         """Give a server that has come up the current weights, and then requests."""
-        server.state = "ready" if await self._restore(server) else "stale"
+        restored = await self._restore(server)
+        if self._router is not None:
+            server.front = self._router.channel
+            await self._router.serve([one.channel.address for one in (*self.living, server)])
+        server.state = "ready" if restored else "stale"
         if self.paused or self.held:
             await server.dialect.pause(server.channel, CONTROL_S)
         self._wake()
@@ -381,3 +396,5 @@ class Fleet:
         for server in self.servers:
             if server.external:
                 await server.channel.close()
+        if self._router is not None:
+            await self._router.close()

@@ -11,7 +11,7 @@ from typing import Literal
 
 from whet.config.engine import EngineConfig
 from whet.engines.servers.dialect import Ask, Dialect, Start, spans
-from whet.engines.servers.http import Channel, Refused, Unreachable
+from whet.engines.servers.http import Channel, Unreachable
 from whet.engines.servers.process import Process, free_port
 from whet.engines.servers.request import Request
 from whet.errors import EngineError
@@ -41,6 +41,7 @@ class Server:
         self.index, self.dialect, self.config, self._start = index, dialect, config, start
         self._log, self._devices = logs / f"{dialect.name}-{index}.log", devices
         self.external = address is not None
+        self.name = f"{dialect.name} engine {index}"
         self.process: Process | None = None
         self.state: State = "starting"
         self.version: int | None = None
@@ -57,6 +58,8 @@ class Server:
         self.world_size = config.tensor_parallel
         self.why = ""
         self.since = time.monotonic()
+        self.front: Channel | None = None
+        """A router that requests go through, to this server or to one of its like."""
         self.fallen = asyncio.Event()
         """Set while it is dead."""
         if address is not None:
@@ -115,7 +118,7 @@ class Server:
         if self.process is not None and (ended := self.process.ended) is not None:
             raise Unreachable(f"{self.name} {ended}; {self.process.tail()}")
         await self.dialect.ready(self.channel, timeout_s)
-        if self.active and time.monotonic() - self.heard > 2 * timeout_s:
+        if self.active and time.monotonic() - self.heard > timeout_s:
             # The front of a server may answer while what computes behind it stands still.
             await self.dialect.working(self.channel, timeout_s)
             self.heard = time.monotonic()
@@ -150,7 +153,7 @@ class Server:
         reason: FinishReason | None = None
         if len(self.active) == 1:
             self.heard = time.monotonic()
-        events = self.channel.stream(path, body)
+        events = (self.front or self.channel).stream(path, body)
         try:
             async for event in events:
                 self.heard = time.monotonic()
@@ -192,8 +195,3 @@ class Server:
         if sum(span.end - span.start for span in found) != len(request.output) - request.begun:
             return None
         return found
-
-
-def is_down(error: Exception) -> bool:
-    """Whether an error says that the server has failed, rather than that it refuses."""
-    return isinstance(error, Unreachable) and not isinstance(error, Refused)
