@@ -69,7 +69,7 @@ class Place:
         config = EngineConfig(use=kind, python=python, max_concurrent=16, options=options)
         start = Start(str(model), "float32", 16, 0, "cpu")
         port = free_port()
-        arguments = dialect.command(config, start, port)
+        arguments = dialect.command(config, start, "127.0.0.1", port)
         environment = dict(dialect.environment(config, start))
         if bare:
             place = arguments.index("--worker-extension-cls")

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from whet.backends.device import Arithmetic
 from whet.backends.protocol import Backend, shares_prefixes
 from whet.batch import collate
+from whet.cluster.lent import lent_machines
 from whet.config.run import RunConfig
 from whet.engines.local.weights import num_bytes
 from whet.engines.servers import sglang, vllm
@@ -73,6 +74,7 @@ def server_engine(
         first_device=0 if config.cluster.colocate else config.cluster.size,
         adapter=adapter,
         adapter_rank=rank,
+        machines=lent_machines(),
     )
     dialect, remedy = SERVERS[engine.use]
     return ServerEngine(dialect(), engine, served, remedy)

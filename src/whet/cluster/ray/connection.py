@@ -39,9 +39,21 @@ def connected(address: str, namespace: str) -> Iterator[None]:
     asked = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
     if asked != "auto":
         _reach(asked, told)
+    joined(asked, namespace)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def joined(address: str, namespace: str) -> None:
+    """Join a cluster that can be reached, for as long as this program runs. Raises ConfigError or ClusterError."""
+    if ray.is_initialized():
+        return
+    told = f"cluster.address is {address!r}"
     try:
         # Output of the ranks comes through their actors; what Ray itself has to say is for those who look after it.
-        ray.init(address=asked, namespace=namespace, log_to_driver=False, logging_level="error")
+        ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level="error")
     except AuthenticationError as error:
         raise ClusterError(f"{told}, but it does not let us in: {TOKEN}") from error
     except ConnectionError as error:
@@ -51,10 +63,6 @@ def connected(address: str, namespace: str) -> Iterator[None]:
         ) from error
     except (RayError, RuntimeError, SystemExit) as error:  # Ray ends programs that cannot reach its head
         raise ClusterError(f"{told}, but Ray cannot join it: {first_line(error)}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _reach(address: str, told: str) -> None:

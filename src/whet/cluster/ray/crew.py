@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from whet.cluster import machine
 from whet.cluster.child import Piece
+from whet.cluster.lent import LENT, Lent, Slot
 from whet.cluster.placement import Plan
 from whet.cluster.ray.connection import ask, first_line, nodes
 from whet.cluster.ray.member import Member
@@ -34,14 +36,22 @@ SHARED_S = 30.0
 """Seconds until a file that one node has written must be there on the others."""
 
 
+@dataclass(frozen=True)
+class Group:
+    """Bundles that are reserved, under a name that the run's other programs know."""
+
+    name: str
+    held: PlacementGroup
+
+
 class Crew:
     """Ranks in the bundles of `group`, those on one node standing together: who shares a layer's matrices is near.
 
     Raises Lost where an actor does not start before `limit`, by the monotonic clock, or has died.
     """
 
-    def __init__(self, config: RunConfig, asked: Plan, group: PlacementGroup, limit: float) -> None:
-        self._config = config
+    def __init__(self, config: RunConfig, asked: Plan, group: Group, limit: float) -> None:
+        self._config, self._asked, self._group = config, asked, group
         self._pids: dict[int, int] = {}
         self._unheard: dict[int, float] = {}
         self.listening: dict[Any, int] = {}
@@ -50,21 +60,22 @@ class Crew:
         options |= {"num_gpus": 1 if asked.training[0].gpus else 0, "max_restarts": 0, "max_concurrency": 4}
         found = []
         for index in range(len(asked.training)):
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, index)
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group.held, index)
             found += [ray.remote(**options)(Member).remote() for _ in range(asked.per_bundle)]
         asking = {f"process {i} of {len(found)}": one.place.remote() for i, one in enumerate(found)}
         places = ask("to start", asking, max(1.0, limit - time.monotonic()))
         first = {place.node: number for number, place in reversed([*enumerate(places)])}
         order = sorted(range(len(found)), key=lambda number: first[places[number].node])
         self._members, self.places = [found[i] for i in order], [places[i] for i in order]
+        self._bundles = [number // asked.per_bundle for number in order]
 
     def name(self, rank: int) -> str:
         """How messages call a rank."""
         place, pid = self.places[rank], self._pids.get(rank)
         return f"rank {rank} (node {place.address}, {place.host}{f', pid {pid}' if pid else ''})"
 
-    def start(self, command: list[str], restarts: int, given: dict[str, str]) -> None:
-        """Start the process of every rank with `given` in its environment.
+    def start(self, command: list[str], restarts: int, lent: Lent) -> None:
+        """Start the process of every rank; engines have what is lent to them, and share the GPUs of ranks.
 
         Raises ClusterError where a node does not see the files of the run.
         """
@@ -73,7 +84,7 @@ class Crew:
         self._check_storage(output)
         if restarts and self._ask("for checkpoints", "has_checkpoint", output, ranks=[0])[0]:
             command = [*command, "--checkpoint.resume", "auto"]
-        shared = machine.portable(os.environ) | given
+        shared = machine.portable(os.environ) | {LENT: self._with_devices(lent).to_text()}
         shared |= {SIZE: str(len(self._members)), ADDRESS: self.places[0].address}
         shared[PORT] = str(self._ask("for a port", "free_port", ranks=[0])[0])
         shared.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # we say who is missing
@@ -87,8 +98,18 @@ class Crew:
         self._pids = dict(enumerate(ask("to start", starting, ASK_S)))
         for rank in range(len(self._members)):
             self._listen(rank)
-        told = "; ".join(f"rank {rank} on {place.address} ({place.host})" for rank, place in enumerate(self.places))
+        told = "; ".join(f"rank {rank} on {place.address} ({place.node[:8]})" for rank, place in enumerate(self.places))
         logger.info("%d process(es) train: %s", len(self._members), told)
+
+    def _with_devices(self, lent: Lent) -> Lent:
+        """What is lent, with the GPUs that engines share with ranks: each those of as many ranks as it has GPUs."""
+        asked, slots = self._asked, list(lent.slots)
+        for engine in range(asked.colocated):
+            first = engine * max(1, asked.devices_per_engine) % asked.size
+            ranks = range(first, first + asked.devices_per_engine)
+            devices = ",".join(gpu for rank in ranks for gpu in self.places[rank].gpus) or None
+            slots.append(Slot(self._group.name, self._bundles[first], devices=devices))
+        return replace(lent, slots=tuple(slots))
 
     def gpus(self, rank: int) -> list[str]:
         """The GPUs of this run on the node of a rank, those of its first rank first."""

@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from whet.cluster.child import Piece
+from whet.cluster.lent import Lent, Slot
 from whet.cluster.placement import Plan, plan, shortage
 from whet.cluster.ray.connection import Lost, connected, nodes
-from whet.cluster.ray.crew import Crew
+from whet.cluster.ray.crew import Crew, Group
 from whet.cluster.recovery import INTERRUPTED, LOST, USERS, Outcome, supervise
 from whet.config.run import RunConfig
 from whet.errors import ClusterError
@@ -77,7 +79,7 @@ class _Run:
             try:
                 crew = Crew(self._config, self._asked, groups[0], limit)
                 try:
-                    crew.start(self._command, restarts, {})
+                    crew.start(self._command, restarts, self._lent(groups[1:]))
                     return self._watch(crew)
                 finally:
                     crew.end()
@@ -85,29 +87,38 @@ class _Run:
                 return Outcome(lost=[str(error)], interrupted=bool(self._signals))
 
     @contextmanager
-    def _reserved(self, limit: float) -> Iterator[list[PlacementGroup] | None]:
+    def _reserved(self, limit: float) -> Iterator[list[Group] | None]:
         """Bundles for those that train, and for engines; None where a signal comes first. Raises ClusterError.
 
         Whoever is in them at the end is ended.
         """
-        asked, groups = self._asked, list[PlacementGroup]()
+        asked, groups = self._asked, list[Group]()
         kinds = [(asked.training, "STRICT_SPREAD" if asked.apart else "PACK"), (asked.engines, "SPREAD")]
         try:
             for bundles, strategy in kinds:
                 if bundles:
-                    groups.append(placement_group([one.resources for one in bundles], strategy=strategy))
+                    name = f"whet-{time.time_ns()}"
+                    held = placement_group([one.resources for one in bundles], strategy=strategy, name=name)
+                    groups.append(Group(name, held))
                     if not self._await(groups[-1], limit):
                         yield None
                         return
             yield groups
         finally:
             for group in groups:
-                remove_placement_group(group)
+                remove_placement_group(group.held)
 
-    def _await(self, group: PlacementGroup, limit: float) -> bool:
+    def _lent(self, groups: Sequence[Group]) -> Lent:
+        """What rank 0 is told of the cluster: room for the engines that have bundles of their own."""
+        context, engines = ray.get_runtime_context(), self._asked.engines
+        slots = [Slot(group.name, i, one.cpus, one.gpus) for group in groups for i, one in enumerate(engines)]
+        limit_s = self._config.cluster.start_timeout_s
+        return Lent(context.gcs_address, context.namespace, limit_s, tuple(slots))
+
+    def _await(self, group: Group, limit: float) -> bool:
         tell = time.monotonic() + 5.0
         while not self._signals:
-            if group.wait(1.0):
+            if group.held.wait(1.0):
                 return True
             if time.monotonic() > limit:
                 raise ClusterError(

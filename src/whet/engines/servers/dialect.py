@@ -62,8 +62,8 @@ class Dialect(Protocol):
     receives_flat: bool
     """Whether a bucket is taken in as one stretch of bytes, or tensor by tensor."""
 
-    def command(self, config: EngineConfig, start: Start, port: int) -> list[str]:
-        """The arguments of the Python that runs the server on 127.0.0.1."""
+    def command(self, config: EngineConfig, start: Start, host: str, port: int) -> list[str]:
+        """The arguments of the Python that runs the server, which listens at this address of its machine."""
         ...
 
     def environment(self, config: EngineConfig, start: Start) -> Mapping[str, str]:

@@ -18,6 +18,7 @@ from whet.engines.local.request import validate
 from whet.engines.servers.bridge import Bridge
 from whet.engines.servers.dialect import Dialect, Start
 from whet.engines.servers.fleet import Fleet
+from whet.engines.servers.machine import Here, Machine
 from whet.engines.servers.publish import Publisher
 from whet.engines.servers.request import Request
 from whet.engines.servers.router import Router
@@ -40,7 +41,8 @@ class Served:
     and `snapshot` gives what is, by the version that it is to have. `expected` gives the trainer's own logprobs to
     check against, `precise` says whether both sides compute in float32. `stands_still` says that the policy does not
     change while completions are sampled. `adapter` is peft's configuration of an adapter, and `adapter_rank` its rank,
-    where one is trained on what the folder holds and sent alone.
+    where one is trained on what the folder holds and sent alone. `machines` are those that a cluster lends, one for
+    each server; without them servers run on this one.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Served:
     stands_still: bool = True
     colocated: bool = False
     first_device: int = 0
+    machines: Sequence[Machine] = ()
     adapter: str | None = None
     adapter_rank: int | None = None
 
@@ -120,12 +123,16 @@ class ServerEngine:
             return [Server(i, self._dialect, config, start, logs, address=one) for i, one in enumerate(addresses)]
         found = []
         for index in range(config.num_engines):
-            devices = None
-            if served.device.type == "cuda":
-                first = served.first_device + index * config.tensor_parallel
-                devices = ",".join(str(first + i) for i in range(config.tensor_parallel))
-            found.append(Server(index, self._dialect, config, start, logs, devices=devices))
+            machine = served.machines[index] if served.machines else Here(self._devices(index))
+            found.append(Server(index, self._dialect, config, start, logs, machine=machine))
         return found
+
+    def _devices(self, index: int) -> str | None:
+        """The GPUs of this machine that a server has to itself, or shares with the trainer."""
+        if self._served.device.type != "cuda":
+            return None
+        first = self._served.first_device + index * self._config.tensor_parallel
+        return ",".join(str(first + i) for i in range(self._config.tensor_parallel))
 
     @property
     def _sends_adapter(self) -> bool:
@@ -141,10 +148,7 @@ class ServerEngine:
     def _transport(self) -> Transport:
         config, served = self._config, self._served
         by = config.publish.by
-        local = all(
-            server.external is False or server.channel.host in ("127.0.0.1", "localhost")
-            for server in self._fleet.servers
-        )
+        local = all(server.is_here for server in self._fleet.servers)
         if by == "auto":
             # Handles where memory is shared, the network where the disk is not, else a folder: it outlives a server.
             by = "shared" if served.colocated and served.device.type == "cuda" else "file"

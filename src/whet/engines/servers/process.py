@@ -23,6 +23,7 @@ GRACE_S = 5.0
 # long as the engine. It is one line of Python because a function could not be run safely between fork and exec.
 _TIED = (
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
+    "signal.pthread_sigmask(signal.SIG_SETMASK, []); "  # the thread that starts it may have blocked some
     "os.getppid() == int(sys.argv[1]) or os._exit(1); os.execv(sys.argv[2], sys.argv[2:])"
 )
 
@@ -33,7 +34,7 @@ class Process:
     def __init__(self, python: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path, name: str):
         self.name, self.log = name, log
         log.parent.mkdir(parents=True, exist_ok=True)
-        inherited = {key: value for key, value in os.environ.items() if key not in _OURS}
+        inherited = {key: value for key, value in os.environ.items() if key not in OURS}
         command = [python, "-c", _TIED, str(os.getpid()), python, *arguments]
         try:
             with log.open("ab") as file:
@@ -64,10 +65,7 @@ class Process:
 
     def tail(self) -> str:
         """The end of the log, and where the rest is."""
-        with contextlib.suppress(OSError):
-            lines = self.log.read_text(errors="replace").splitlines()
-            return f"the end of its log ({self.log}):\n" + "\n".join(f"    {line}" for line in lines[-TAIL:])
-        return f"its log was to be {self.log}"
+        return tail(self.log)
 
     def end(self) -> None:
         """End the process and all that it started, gently first. Blocks for a few seconds at most."""
@@ -82,7 +80,7 @@ class Process:
             self._process.wait(GRACE_S)
 
 
-_OURS = (
+OURS = (
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -93,6 +91,14 @@ _OURS = (
     "PYTHONPATH",
 )
 """Variables of the trainer's own process group, and of its packages, which a server must not take for its own."""
+
+
+def tail(log: Path) -> str:
+    """The end of a server's log, and where the rest is."""
+    with contextlib.suppress(OSError):
+        lines = log.read_text(errors="replace").splitlines()
+        return f"the end of its log ({log}):\n" + "\n".join(f"    {line}" for line in lines[-TAIL:])
+    return f"its log was to be {log}"
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from whet.config.engine import EngineConfig
 from whet.engines.servers.dialect import Ask, Dialect, Start, spans
 from whet.engines.servers.http import Channel, Unreachable
-from whet.engines.servers.process import Process, free_port
+from whet.engines.servers.machine import Machine, Running
 from whet.engines.servers.request import Request
 from whet.errors import EngineError
 from whet.types import FinishReason, VersionSpan
@@ -20,12 +18,13 @@ from whet.types import FinishReason, VersionSpan
 State = Literal["starting", "stale", "ready", "down", "gone"]
 """`stale` lives with weights that are not the current ones; `gone` is not started again."""
 POLL_S = 0.25
+HERE = ("127.0.0.1", "localhost")
 CONTROL_S = 60.0
 """Most seconds for a server to answer a question that is no work."""
 
 
 class Server:
-    """A server of one kind, ours (`start`) or somebody's (`address`)."""
+    """A server of one kind, ours (`start`, on a `machine`) or somebody's (`address`)."""
 
     def __init__(
         self,
@@ -36,13 +35,13 @@ class Server:
         logs: Path,
         *,
         address: str | None = None,
-        devices: str | None = None,
+        machine: Machine | None = None,
     ) -> None:
         self.index, self.dialect, self.config, self._start = index, dialect, config, start
-        self._log, self._devices = logs / f"{dialect.name}-{index}.log", devices
-        self.external = address is not None
+        self._log, self._machine = logs / f"{dialect.name}-{index}.log", machine
         self.name = f"{dialect.name} engine {index}"
-        self.process: Process | None = None
+        self.external = address is not None
+        self.process: Running | None = None
         self.state: State = "starting"
         self.version: int | None = None
         """Of the weights that it samples with."""
@@ -75,13 +74,12 @@ class Server:
         """Start the process, if it is ours, and wait until it answers. Raises EngineError."""
         self.state, self.version, self.since = "starting", None, time.monotonic()
         self.fallen.clear()
-        if not self.external:
-            port = free_port()
-            self._connect(f"http://127.0.0.1:{port}")
-            environment = {**self.dialect.environment(self.config, self._start), **self._visible()}
-            arguments = self.dialect.command(self.config, self._start, port)
-            # In this thread: the process is to end when it does.
-            self.process = Process(self.config.python or sys.executable, arguments, environment, self._log, self.name)
+        if self._machine is not None:
+            host, port = await self._machine.place()
+            self._connect(f"http://{host}:{port}")
+            arguments = self.dialect.command(self.config, self._start, host, port)
+            environment = self.dialect.environment(self.config, self._start)
+            self.process = await self._machine.start(self.config.python, arguments, environment, self._log, self.name)
         await self._await_ready()
         self.max_length = await self.dialect.max_length(self.channel, CONTROL_S)
         self.world_size = await self.dialect.world_size(self.channel, CONTROL_S)
@@ -89,8 +87,10 @@ class Server:
             await self.dialect.resume(self.channel, CONTROL_S)  # whoever used it before may have left it paused
         self.heard = time.monotonic()
 
-    def _visible(self) -> Mapping[str, str]:
-        return {} if self._devices is None else {"CUDA_VISIBLE_DEVICES": self._devices}
+    @property
+    def is_here(self) -> bool:
+        """Whether it sees the disk and the memory of this machine."""
+        return self.channel.host in HERE if self._machine is None else self._machine.is_here
 
     async def _await_ready(self) -> None:
         limit = time.monotonic() + self.config.start_timeout_s

@@ -30,10 +30,10 @@ class Sglang:
         self._groups: dict[str, str] = {}
         """The process group that each server has joined."""
 
-    def command(self, config: EngineConfig, start: Start, port: int) -> list[str]:
+    def command(self, config: EngineConfig, start: Start, host: str, port: int) -> list[str]:
         settings: dict[str, Any] = {
             "model_path": start.model,
-            "host": "127.0.0.1",
+            "host": host,
             "port": port,
             "tp_size": config.tensor_parallel,
             "random_seed": start.seed,

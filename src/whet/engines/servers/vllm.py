@@ -33,11 +33,11 @@ class Vllm:
     def __init__(self) -> None:
         self._extended: dict[str, bool] = {}
 
-    def command(self, config: EngineConfig, start: Start, port: int) -> list[str]:
+    def command(self, config: EngineConfig, start: Start, host: str, port: int) -> list[str]:
         settings: dict[str, Any] = {
             "model": start.model,
             "served_model_name": MODEL,
-            "host": "127.0.0.1",
+            "host": host,
             "port": port,
             "enable_scale_out": True,
             "worker_extension_cls": EXTENSION,
