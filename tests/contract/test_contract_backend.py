@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from tests.contract.training import BACKENDS, Case, make, on_ranks, train
+from whet.config.model import ModelConfig
+from whet.models.load import load_tokenizer
 from whet.models.tiny import make_tiny
 
 ADAPTER = {"rank": 4, "init": "pissa"}
@@ -60,6 +63,7 @@ TWO_RANKS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "experts recomputed, one unit": ("qwen3_moe", {"units": (3,), **settings(expert_parallel=2)}),
     "latent attention": ("deepseek_v3", settings(tensor_parallel=2)),
     "latent attention, experts": ("deepseek_v3", settings(expert_parallel=2, context_parallel=2)),
+    "sinks and windows": ("gpt_oss", settings(context_parallel=2, expert_parallel=2)),
     "fused width": ("glm4", settings(tensor_parallel=2)),
 }
 KEPT: Mapping[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -96,7 +100,26 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
     folder = tmp_path_factory.mktemp("families")
     families = ("qwen3", "llama", "qwen3_moe", "deepseek_v3", "glm4")
     untied = {"llama": {"tie_embeddings": False}}
-    return {one: str(make_tiny(folder / one, family=one, **untied.get(one, {}))) for one in families}
+    made = {one: str(make_tiny(folder / one, family=one, **untied.get(one, {}))) for one in families}
+    return {**made, "gpt_oss": make_with_sinks(folder / "gpt_oss", Path(made["qwen3"]))}
+
+
+def make_with_sinks(folder: Path, other: Path) -> str:
+    """A model whose attention has sinks and windows, with the tokenizer of another."""
+    config = GptOssConfig(
+        **{"vocab_size": 260, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+        **{"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "eos_token_id": 258},
+        **{"pad_token_id": 259, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    )
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if "sinks" in name:
+            weight.data.normal_(std=0.5)
+    model.save_pretrained(folder)
+    load_tokenizer(ModelConfig(path=str(other))).save_pretrained(folder)
+    return str(folder)
 
 
 def case_of(models: Mapping[str, str], model: str, given: dict[str, Any]) -> Case:

@@ -91,7 +91,7 @@ class SlicedSegments:
         if repeat := _repetition(key.shape[1], ranks):
             key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
         if (sinks := options.get("s_aux")) is not None:  # one for each head
-            first = self.slices.tensor.rank() * heads + group.rank() * (heads // ranks)
+            first = group.rank() * (heads // ranks)
             options["s_aux"] = sinks[first : first + heads // ranks]
         query, key, value = (heads_for_stream(x, group) for x in (query, key, value))
         return stream_for_heads(self.whole.attend(module, query, key, value, scaling, **options), group)

@@ -31,7 +31,7 @@ def check_structure(model: nn.Module) -> None:
     if not all(_attention_of(layer) is not None for layer in decoder_layers(model)):
         raise ConfigError(
             f"backend.tensor_parallel is given, but the attention of {type(base(model)).__name__} is not made of "
-            f"{', '.join(HEADS_IN[:3])} and {HEADS_OUT}; use backend.context_parallel"
+            f"{', '.join(HEADS_IN[:3])} and {HEADS_OUT} alone; use backend.context_parallel"
         )
 
 
@@ -49,7 +49,10 @@ def divide(layer: nn.Module, mesh: DeviceMesh, slices: Slices) -> None:
 
 def _attention_of(layer: nn.Module) -> nn.Module | None:
     found = getattr(layer, "self_attn", None)
-    return found if found is not None and hasattr(found, HEADS_OUT) and _inner(found, HEADS_IN) else None
+    if found is None or not hasattr(found, HEADS_OUT) or not _inner(found, HEADS_IN):
+        return None
+    own = dict(found.named_parameters(recurse=False))  # numbers for each head, such as sinks
+    return None if own else found
 
 
 def _inner(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
