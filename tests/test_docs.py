@@ -113,7 +113,9 @@ def check(config: RunConfig) -> None:
     if config.method != "sample":
         method_of(config)
     build_env(config.env)
-    if config.reward:
+    rewards = config.reward if isinstance(config.reward, list) else [config.reward] if config.reward else []
+    of_models = (reward for reward in rewards if reward.use == "model")
+    if rewards and all(Path(reward.options["path"]).is_dir() for reward in of_models):
         build_scorer(config.reward)
 
 

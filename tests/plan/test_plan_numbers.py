@@ -19,7 +19,7 @@ from whet.plan.choose import Planned
 from whet.plan.division import Divided, divided
 from whet.plan.load import Lengths, load_of
 from whet.plan.models import Sized, sized
-from whet.plan.serving import concurrent, server_parts, token_bytes
+from whet.plan.serving import cache_parts, concurrent, server_parts, token_bytes
 from whet.plan.speed import READING, STEP_S, TRAINING, _decoding_step, _publishing
 from whet.tree import build
 
@@ -146,7 +146,7 @@ def test_decoding_reads_weights_and_caches():
     policy, load = planned.models.policy, planned.load
     # Keys and values of 8 heads of 128 dimensions in 28 layers, two bytes each.
     assert token_bytes(policy) == 2 * 8 * 128 * 28 * 2
-    one, many = (_decoding_step(policy, how, load, H100, 989e12, n) for n in (1, 64))
+    one, many = (_decoding_step(run, policy, how, load, H100, 989e12, n) for n in (1, 64))
     length = load.lengths.prompt + load.lengths.response / 2
     assert one - STEP_S == pytest.approx((2 * policy.parameters + length * token_bytes(policy)) / (3.35e12 * READING))
     assert many - one == pytest.approx(63 * length * token_bytes(policy) / (3.35e12 * READING))
@@ -156,13 +156,25 @@ def test_of_many_experts_only_those_that_are_chosen_are_read():
     run = config("Qwen/Qwen3-30B-A3B", engine__use="vllm")
     policy, load = Planned(run, H100).models.policy, Planned(run, H100).load
     how = Arrangement("fsdp", 4, engine="vllm", engines=1)
-    one, all_of_them = (_decoding_step(policy, how, load, H100, 989e12, n) for n in (1, 256))
+    one, all_of_them = (_decoding_step(run, policy, how, load, H100, 989e12, n) for n in (1, 256))
     assert one < 0.15 * all_of_them
     assert one - STEP_S == pytest.approx(2 * 3.3e9 / (3.35e12 * READING), rel=0.1)  # 3.3B are active
 
 
 def test_a_latent_cache_is_that_of_the_vector():
     assert token_bytes(sized(config("deepseek-ai/DeepSeek-V3").model)) == 2 * 61 * (512 + 64)
+
+
+def test_heads_of_keys_that_are_fewer_than_devices_are_repeated():
+    run = config("zai-org/GLM-Z1-9B-0414", engine__use="sglang")
+    policy, how = sized(run.model), Arrangement("fsdp", 4, engine="sglang", engines=1)
+    assert [cache_parts(run, policy, replace(how, engine_tensor=n)) for n in (1, 2, 8)] == [1, 2, 2]
+    latent = config("deepseek-ai/DeepSeek-V3", engine__use="sglang")
+    wide = replace(how, engine_tensor=64)
+    assert cache_parts(latent, sized(latent.model), wide) == 1
+    options = {"enable_dp_attention": True, "dp_size": 8}
+    apart = config("deepseek-ai/DeepSeek-V3", engine__use="sglang", engine__options=options)
+    assert cache_parts(apart, sized(apart.model), wide) == 8
 
 
 def test_an_engine_holds_as_many_sequences_as_its_memory_allows():

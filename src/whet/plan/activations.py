@@ -54,6 +54,8 @@ def _share(model: Sized, tensor: int, half: bool) -> _Share:
         "num_key_value_heads": max(1, kv_heads(text) // tensor),
         "intermediate_size": text.intermediate_size // tensor,
     }
+    if getattr(text, "first_k_dense_replace", None):
+        sizes["first_k_dense_replace"] = 1  # a few layers without experts among many are as good as one, and quicker
     if not getattr(text, "kv_lora_rank", None):
         sizes["head_dim"] = head_dim(text)  # not what follows from the number of heads
     # Sharding casts weights, and with them all that is computed; autocast, layer by layer, keeps more in float32.

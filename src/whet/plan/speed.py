@@ -13,7 +13,7 @@ from whet.plan.division import divided
 from whet.plan.load import Load
 from whet.plan.memory import in_half
 from whet.plan.models import Models, Sized
-from whet.plan.serving import concurrent, token_bytes, weight_bytes
+from whet.plan.serving import cache_parts, concurrent, token_bytes, weight_bytes
 
 TRAINING = 0.40
 """Share of the peak FLOP/s that forward and backward passes reach (model FLOPs, without what is computed again)."""
@@ -69,7 +69,7 @@ def speed_of(
     decoded = 0
     if load.samples:
         decoded = _together(config, models, how, load, machines)
-        parts["sampling"] = _sampling(models.policy, how, load, machines, peak, decoded)
+        parts["sampling"] = _sampling(config, models.policy, how, load, machines, peak, decoded)
     passes = _forward_passes(method, models)
     parts["annotating"] = sum(_forward(one, load) for one in passes) / (how.devices * peak * FORWARD)
     parts["training"] = _training(models.policy, how, load, machines, peak, half, config)
@@ -154,28 +154,30 @@ def _together(config: RunConfig, models: Models, how: Arrangement, load: Load, m
     return min(config.engine.max_concurrent, load.sequences)
 
 
-def _sampling(model: Sized, how: Arrangement, load: Load, machines: Machines, peak: float, decoded: int) -> float:
+def _sampling(
+    config: RunConfig, model: Sized, how: Arrangement, load: Load, machines: Machines, peak: float, decoded: int
+) -> float:
     """Prompts, then steps in which every sequence gets a token; at the end the longest goes on alone."""
     engines, lengths = max(1, how.engines), load.lengths
     prompts = load.units * lengths.prompt * model.flops.per_token / (engines * how.engine_tensor * peak * PREFILL)
     own = -(-load.sequences // engines)
     waves = max(own / decoded, 1.0) * lengths.response
-    full = _decoding_step(model, how, load, machines, peak, min(decoded, own))
-    tail = max(0, lengths.longest_response - lengths.response) * _decoding_step(model, how, load, machines, peak, 1)
-    return prompts + waves * full + tail
+    full = _decoding_step(config, model, how, load, machines, peak, min(decoded, own))
+    alone = _decoding_step(config, model, how, load, machines, peak, 1)
+    return prompts + waves * full + max(0, lengths.longest_response - lengths.response) * alone
 
 
 def _decoding_step(
-    model: Sized, how: Arrangement, load: Load, machines: Machines, peak: float, sequences: int
+    config: RunConfig, model: Sized, how: Arrangement, load: Load, machines: Machines, peak: float, sequences: int
 ) -> float:
     """Seconds of one token for each sequence: weights and caches are read, or products take longer."""
-    gpu, tensor, total_chosen = machines.gpu, how.engine_tensor, experts(model.text)
-    total, chosen = total_chosen
+    gpu, tensor, (total, chosen) = machines.gpu, how.engine_tensor, experts(model.text)
     of_experts = 2 * model.held.experts / model.itemsize
     touched = 1 - (1 - chosen / total) ** sequences if total > 1 else 1.0
     weights = weight_bytes(model) - of_experts * (1 - touched)
     length = load.lengths.prompt + load.lengths.response / 2
-    reading = (weights + sequences * length * token_bytes(model)) / (tensor * gpu.bandwidth * READING)
+    caches = sequences * length * token_bytes(model) / cache_parts(config, model, how)
+    reading = (weights / tensor + caches) / (gpu.bandwidth * READING)
     operations = sequences * (model.flops.per_token + model.flops.per_looked + model.flops.per_pair * length)
     sums = 2 * model.text.num_hidden_layers * REDUCTION_S if tensor > 1 else 0.0
     return max(reading, operations / (tensor * peak * DECODING)) + STEP_S + sums
