@@ -272,11 +272,12 @@ def _convert(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "whet convert",
         description="Write a model into another kind of folder: safetensors (hf), torch.distributed.checkpoint "
-        "(torch_dist). What SRC is, is recognised. Tensors pass through one at a time, and are read back and compared.",
+        "(torch_dist), a checkpoint of Megatron-Core (megatron), which any layout of its ranks loads. What SRC is, is "
+        "recognised. Tensors pass through one at a time, and are read back and compared.",
     )
     parser.add_argument("source", metavar="SRC", help="folder of a model, such as a checkpoint of a run")
     parser.add_argument("output", metavar="DST", help="new folder")
-    parser.add_argument("--to", required=True, choices=("hf", "torch_dist"), help="what DST is to be")
+    parser.add_argument("--to", required=True, choices=("hf", "torch_dist", "megatron"), help="what DST is to be")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as they are")
     parser.add_argument("--shard-gb", type=float, help="most gigabytes of a file (default: as SRC has it, or 5)")
     parser.add_argument(

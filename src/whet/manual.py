@@ -19,7 +19,7 @@ whet sharpens language models after pre-training.
   whet chat MODEL                             talk to a model
   whet serve MODEL [--port 8000]              an OpenAI-compatible server on this machine
   whet merge ADAPTER OUTPUT                   add an adapter into plain weights
-  whet convert SRC DST --to hf|torch_dist     a model's weights into another kind of folder
+  whet convert SRC DST --to KIND              a model's weights into another kind of folder
   whet check CONFIG.yaml [--section.key value] find what is wrong with a run, and what it takes, before it begins
   whet plan CONFIG.yaml [--gpus 8xH100-80G]   what a run takes on machines that need not be there, and the best layout
   whet import TOOL FILE [-o OUT.yaml]         make a configuration of a file of trl, llamafactory or slime

@@ -11,7 +11,11 @@ from whet.errors import ModelError
 from whet.models.source import ADAPTER_CONFIG
 from whet.weights.stored import Format
 
-FORMATS = {"hf": "whet.weights.hf", "torch_dist": "whet.weights.torch_dist"}
+FORMATS = {
+    "hf": "whet.weights.hf",
+    "megatron": "whet.weights.megatron.checkpoint",
+    "torch_dist": "whet.weights.torch_dist",
+}
 """Name -> the module that is the format, in the order in which a folder is held against them."""
 
 

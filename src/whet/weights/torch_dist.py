@@ -65,7 +65,7 @@ def open_folder(folder: Path) -> Stored:
     reader = Reader(folder)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
-    _check_files(folder, metadata)
+    check_files(folder, metadata)
     told = read_json(folder / TOLD_FILE) if (folder / TOLD_FILE).is_file() else {}
     inside = described(metadata)
     arguments = read_arguments(folder)
@@ -216,7 +216,7 @@ class _Unpickler(pickle.Unpickler):
         raise ModelError(f"{METADATA_FILE} asks to run {module}.{name}, which no checkpoint needs; it is not loaded")
 
 
-def _check_files(folder: Path, metadata: Metadata) -> None:
+def check_files(folder: Path, metadata: Metadata) -> None:
     """Raises ModelError where a part is missing or beyond the end of its file."""
     ends: dict[str, int] = {}
     for info in metadata.storage_data.values():

@@ -100,15 +100,19 @@ _EXPERT = (
 )
 
 
-def weights_of(model: Blueprint) -> Iterator[Weight]:
-    """Every weight of a model, from the embedding to the head."""
+def weights_of(model: Blueprint, *, stacked: bool | None = None) -> Iterator[Weight]:
+    """Every weight of a model, from the embedding to the head.
+
+    `stacked`: whether its checkpoint holds the weights of all layers as one tensor; as Megatron does if not given.
+    """
+    stacked = model.stacked if stacked is None else stacked
     yield _outside("embedding.word_embeddings.weight", "model.embed_tokens.weight")
     for layer, has_experts in enumerate(model.moe_layers):
         for row in _rows(model, has_experts):
-            yield _in_layer(model, layer, row)
+            yield _in_layer(model, layer, row, stacked)
         for expert in range(model.num_experts if has_experts else 0):
             for row in _EXPERT:
-                yield _in_expert(model, layer, expert, row)
+                yield _in_expert(model, layer, expert, row, stacked)
     yield _outside("decoder.final_layernorm.weight", "model.norm.weight")
     if not model.tied:
         yield _outside("output_layer.weight", "lm_head.weight")
@@ -138,21 +142,21 @@ def _outside(name: str, source: str) -> Weight:
     return Weight(name, (source,), "same", name)
 
 
-def _in_layer(model: Blueprint, layer: int, row: _Row) -> Weight:
+def _in_layer(model: Blueprint, layer: int, row: _Row, stacked: bool) -> Weight:
     sources = tuple(f"model.layers.{layer}.{source}" for source in row.sources)
-    key, index, of = _place(model, layer, row.stored or row.name)
+    key, index, of = _place(model, layer, row.stored or row.name, stacked)
     return Weight(f"decoder.layers.{layer}.{row.name}", sources, row.how, key, index, of, layer)
 
 
-def _in_expert(model: Blueprint, layer: int, expert: int, row: _Row) -> Weight:
+def _in_expert(model: Blueprint, layer: int, expert: int, row: _Row, stacked: bool) -> Weight:
     sources = tuple(f"model.layers.{layer}.mlp.experts.{expert}.{source}" for source in row.sources)
-    key, index, of = _place(model, layer, f"mlp.experts.experts.{row.name}")
+    key, index, of = _place(model, layer, f"mlp.experts.experts.{row.name}", stacked)
     name = f"decoder.layers.{layer}.mlp.experts.local_experts.{expert}.{row.name}"
     return Weight(name, sources, row.how, key, (*index, expert), (*of, model.num_experts), layer=layer, expert=expert)
 
 
-def _place(model: Blueprint, layer: int, name: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    if model.stacked:
+def _place(model: Blueprint, layer: int, name: str, stacked: bool) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    if stacked:
         return f"decoder.layers.{name}", (layer,), (model.num_layers,)
     return f"decoder.layers.{layer}.{name}", (), ()
 
