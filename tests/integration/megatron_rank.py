@@ -19,6 +19,7 @@ warnings.simplefilter("ignore")
 import megatron_stand_ins  # noqa: E402, F401, before anything that imports megatron
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from megatron.core import dist_checkpointing  # noqa: E402
 
 from whet.backends.device import Arithmetic  # noqa: E402
 from whet.backends.megatron import MegatronBackend  # noqa: E402
@@ -104,6 +105,23 @@ def training(task: dict[str, Any]) -> dict[str, Any]:
     return {"metrics": metrics, "about": driven.own.describe()}
 
 
+def stored(task: dict[str, Any]) -> dict[str, Any]:
+    """Weights by Megatron's own checkpoints: read those of `load` into the model, write it to `save`."""
+    driven = Driven(task)
+    decoder = driven.own.decoder
+    state = {name: part for name, part in decoder.sharded_state_dict().items() if not name.endswith("_extra_state")}
+    if "load" in task:
+        with torch.no_grad():
+            for parameter in decoder.parameters():
+                parameter.zero_()
+        found = dist_checkpointing.load(state, task["load"])
+        decoder.load_state_dict(found, strict=False)
+    if "save" in task:
+        dist_checkpointing.save(state, task["save"])
+    driven.own.export_weights(Path(task["export"]))
+    return {}
+
+
 def refusal(task: dict[str, Any]) -> dict[str, Any]:
     """What the backend says to settings that it does not take."""
     try:
@@ -113,12 +131,15 @@ def refusal(task: dict[str, Any]) -> dict[str, Any]:
     return {"error": ""}
 
 
+DO = {"outputs": outputs, "training": training, "stored": stored, "refusal": refusal}
+
+
 def main() -> None:
     logging.disable(logging.WARNING)
     tasks = Path(sys.argv[1])
     dist.init_process_group("gloo")
     for task in json.loads(tasks.read_text()):
-        answer = {"outputs": outputs, "training": training, "refusal": refusal}[task["do"]](task)
+        answer = DO[task["do"]](task)
         if dist.get_rank() == 0:
             Path(task["answer"]).write_text(json.dumps(answer))
         dist.barrier()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ from whet.methods import Term
 from whet.models.load import load_tokenizer
 from whet.models.tiny import make_tiny
 from whet.types import Sample, Unit
+from whet.weights.convert import convert
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = Path(os.environ.get("WHET_MEGATRON_PYTHON") or ROOT / ".venv-megatron" / "bin" / "python")
@@ -175,28 +177,116 @@ def difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> floa
     return max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
 
 
+# --- what each layout was asked, once -------------------------------------------------------------------
+
+ASKED = ["logprobs", "entropy", "mean_logprobs", "correct", "log_sum_sq_probs"]
+
+
+def families_of(layout: str) -> tuple[str, ...]:
+    if layout == "two expert":
+        return ("qwen3_moe", "deepseek_v3")
+    return FAMILIES[:3] if layout == "two tensor" else FAMILIES  # experts want sequence parallelism as well
+
+
+def trained_family(layout: str) -> str:
+    return "qwen3_moe" if layout == "two expert" else "qwen3"
+
+
+@pytest.fixture(scope="module")
+def converted(models, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family's model as `whet convert` writes it for Megatron."""
+    folders: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp("converted") / family
+            convert(models(family), folders[family], "megatron")
+        return folders[family]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def ran(models, converted, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[dict[str, Any], Path]]:
+    """What two processes answer in a layout, by the name of the task, and the folder that they write to."""
+    done: dict[str, tuple[dict[str, Any], Path]] = {}
+
+    def run(layout: str) -> tuple[dict[str, Any], Path]:
+        if layout not in done:
+            folder = tmp_path_factory.mktemp("ranks")
+            tasks = tasks_of(layout, models, converted, folder)
+            answers = on_ranks(2, list(tasks.values()), folder)
+            done[layout] = dict(zip(tasks, answers, strict=True)), folder
+        return done[layout]
+
+    return run
+
+
+def tasks_of(layout: str, models, converted, folder: Path) -> dict[str, dict[str, Any]]:
+    tasks: dict[str, dict[str, Any]] = {}
+    batch = saved(batch_of("sft", 0), folder / "batch.pt")
+    for family in families_of(layout):
+        common = {"model": str(models(family)), "backend": LAYOUTS[layout]}
+        export = str(folder / f"out-{family}")
+        tasks[f"outputs {family}"] = {**common, "do": "outputs", "batch": batch, "outputs": ASKED, "export": export}
+        tasks[f"stored {family}"] = {
+            **common,
+            "do": "stored",
+            "load": str(converted(family) / "release"),
+            "export": str(folder / f"stored-{family}"),
+        }
+    family = families_of(layout)[0]
+    (folder / "written").mkdir()
+    tasks["written"] = {**tasks[f"stored {family}"], "save": str(folder / "written"), "export": str(folder / "again")}
+    backend = {**LAYOUTS[layout], "max_tokens_per_device": 128}
+    for method, terms in METHODS.items():
+        batches = [batch_of(method, seed) for seed in range(STEPS)]
+        tasks[f"train {method}"] = {
+            "do": "training",
+            "model": str(models(trained_family(layout))),
+            "backend": backend,
+            "optim": OPTIM,
+            "lr": OPTIM["lr"],
+            "batches": saved((batches, terms), folder / f"{method}.pt"),
+            "export": str(folder / f"trained-{method}"),
+            **({"save_at": STEPS // 2, "save": str(folder / "checkpoint")} if method == "grpo" else {}),
+        }
+    return tasks
+
+
+@pytest.fixture(scope="module")
+def by_local(models, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[list, dict[str, Tensor]]]:
+    """Metrics of twenty steps of the local backend, and the weights that it ends with."""
+    done: dict[tuple[str, str], tuple[list, dict[str, Tensor]]] = {}
+
+    def run(method: str, family: str) -> tuple[list, dict[str, Tensor]]:
+        if (method, family) not in done:
+            backend = local(models(family))
+            metrics = trained(backend, [batch_of(method, seed) for seed in range(STEPS)], METHODS[method])
+            folder = tmp_path_factory.mktemp("local")
+            backend.export_weights(folder)
+            done[method, family] = metrics, weights_in(folder)
+        return done[method, family]
+
+    return run
+
+
 # --- claims ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_come_back_bit_for_bit_and_outputs_are_those_of_transformers(layout: str, models, tmp_path: Path):
+def test_weights_come_back_bit_for_bit_and_outputs_are_those_of_transformers(layout: str, models, ran):
     """Every family, in this layout: HF -> Megatron -> HF, and logprobs, entropy and the like."""
-    families = [f for f in FAMILIES if layout != "two expert" or f in ("qwen3_moe", "deepseek_v3")]
-    if layout == "two tensor":
-        families = families[:3]  # experts want sequence parallelism as well
-    asked = ["logprobs", "entropy", "mean_logprobs", "correct", "log_sum_sq_probs"]
+    answers, folder = ran(layout)
     batch = batch_of("sft", 0)
-    common = {"do": "outputs", "backend": LAYOUTS[layout], "batch": saved(batch, tmp_path / "batch.pt")}
-    tasks = [{**common, "model": str(models(f)), "export": str(tmp_path / f), "outputs": asked} for f in families]
-    answers = on_ranks(2, tasks, tmp_path)
-    for family, answer in zip(families, answers, strict=True):
-        source = weights_in(models(family))
-        exported = weights_in(tmp_path / family)
+    for family in families_of(layout):
+        answer, source = answers[f"outputs {family}"], weights_in(models(family))
+        exported = weights_in(folder / f"out-{family}")
         assert exported.keys() == source.keys() and all(torch.equal(exported[n], source[n]) for n in source), family
-        assert AutoModelForCausalLM.from_pretrained(tmp_path / family).config.model_type == family
+        assert AutoModelForCausalLM.from_pretrained(folder / f"out-{family}").config.model_type == family
         backend = local(models(family))
-        expected = backend.forward(batch, set(asked))
-        for name in asked:
+        expected = backend.forward(batch, set(ASKED))
+        for name in ASKED:
             found = torch.tensor(answer["outputs"][name])
             assert (found.float() - expected[name].float()).abs().max() < 1e-5, (family, name)
         names = {name: list(weight.shape) for name, weight in backend.model.named_parameters()}
@@ -204,33 +294,56 @@ def test_weights_come_back_bit_for_bit_and_outputs_are_those_of_transformers(lay
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_twenty_steps_give_the_losses_and_weights_of_the_local_backend(layout: str, models, tmp_path: Path):
+def test_megatron_reads_what_convert_writes_and_convert_what_megatron_writes(layout: str, models, ran, tmp_path: Path):
+    _, folder = ran(layout)
+    for family in families_of(layout):
+        source, loaded = weights_in(models(family)), weights_in(folder / f"stored-{family}")
+        assert all(torch.equal(loaded[n], source[n]) for n in source), family
+    family = families_of(layout)[0]
+    shutil.copytree(models(family), folder / "written" / "hf", ignore=shutil.ignore_patterns("*.safetensors"))
+    convert(folder / "written", tmp_path / "back", "hf")
+    source, back = weights_in(models(family)), weights_in(tmp_path / "back")
+    assert back.keys() == source.keys() and all(torch.equal(back[n], source[n]) for n in source)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_twenty_steps_give_the_losses_and_weights_of_the_local_backend(layout: str, ran, by_local):
     """SFT, DPO and GRPO, small micro-batches, gradients clipped; with experts where they are divided."""
-    family = "qwen3_moe" if layout == "two expert" else "qwen3"
-    backend = {**LAYOUTS[layout], "max_tokens_per_device": 128}
-    tasks, expected, reached = [], [], []
-    for method, terms in METHODS.items():
-        batches = [batch_of(method, seed) for seed in range(STEPS)]
-        ours = local(models(family))
-        expected.append(trained(ours, batches, terms))
-        ours.export_weights(tmp_path / f"local-{method}")
-        reached.append(weights_in(tmp_path / f"local-{method}"))
-        tasks.append(
-            {
-                "do": "training",
-                "model": str(models(family)),
-                "backend": backend,
-                "optim": OPTIM,
-                "lr": OPTIM["lr"],
-                "batches": saved((batches, terms), tmp_path / f"{method}.pt"),
-                "export": str(tmp_path / f"megatron-{method}"),
-            }
-        )
-    answers = on_ranks(2, tasks, tmp_path)
-    for method, answer, metrics, weights in zip(METHODS, answers, expected, reached, strict=True):
-        for step, (found, wanted) in enumerate(zip(answer["metrics"], metrics, strict=True)):
-            assert found.keys() == wanted.keys()
-            assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5), (method, step)
-            assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4), (method, step)
-        moved = difference(weights_in(tmp_path / f"megatron-{method}"), weights)
-        assert moved < 1e-4, (method, moved)
+    answers, folder = ran(layout)
+    for method in METHODS:
+        expected, reached = by_local(method, trained_family(layout))
+        check_metrics(answers[f"train {method}"]["metrics"], expected, method)
+        assert difference(weights_in(folder / f"trained-{method}"), reached) < 1e-4, method
+
+
+RESUMED = {
+    "two data": "two tensor",
+    "two pipeline": "two tensor",
+    "two tensor, sequence": "two pipeline",
+    "two context": "two data",
+    "one": "two tensor",
+}
+
+
+@pytest.mark.parametrize("layout", RESUMED)
+def test_a_run_goes_on_in_another_layout_as_if_nothing_had_happened(layout: str, models, ran, by_local, tmp_path: Path):
+    _, before = ran(RESUMED[layout])
+    task = {
+        **tasks_of("two data", models, lambda family: tmp_path, tmp_path)["train grpo"],
+        "backend": {**LAYOUTS.get(layout, {}), "max_tokens_per_device": 128},
+        "resume": str(before / "checkpoint"),
+        "begin_at": STEPS // 2,
+    }
+    del task["save_at"], task["save"]
+    (answer,) = on_ranks(1 if layout == "one" else 2, [task], tmp_path)
+    expected, reached = by_local("grpo", "qwen3")
+    check_metrics(answer["metrics"], expected[STEPS // 2 :], layout)
+    assert difference(weights_in(tmp_path / "trained-grpo"), reached) < 1e-4
+
+
+def check_metrics(found: list[dict[str, float]], expected: list[dict[str, float]], what: str) -> None:
+    assert len(found) == len(expected)
+    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert ours.keys() == theirs.keys()
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5, abs=1e-6), (what, step)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), (what, step)

@@ -43,7 +43,9 @@ DESCRIBES = (
     *("ChunkStorageMetadata", "TensorProperties", "TensorStorageMetadata", "BytesStorageMetadata", "Metadata"),
     *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
 )
+PLANS = ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")
 SAFE = {
+    *(("torch.distributed.checkpoint.planner", name) for name in PLANS),
     *(("torch.distributed.checkpoint.metadata", name) for name in DESCRIBES),
     *(("torch.distributed.checkpoint.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")),
     *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")),
@@ -208,11 +210,17 @@ class Reader(FileSystemReader):
         self.metadata = metadata
 
 
+class _Plan:
+    """What Megatron-Core notes in the metadata of how it wrote them, which nothing here reads."""
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
         if is_dtype or (module, name) in SAFE:
             return super().find_class(module, name)
+        if module == "megatron.core.dist_checkpointing.strategies.torch" and name.startswith("MCore"):
+            return _Plan
         raise ModelError(f"{METADATA_FILE} asks to run {module}.{name}, which no checkpoint needs; it is not loaded")
 
 
