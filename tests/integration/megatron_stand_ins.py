@@ -11,6 +11,7 @@ import functools
 
 import torch
 import torch.distributed as dist
+import torch.utils._device
 
 CPU = torch.device("cpu")
 
@@ -55,6 +56,7 @@ def _devices() -> None:
 
 def _tensors() -> None:
     """Tensors that are to be made on, moved to or named after a CUDA device are the CPU's."""
+    torch.utils._device._device_constructors()  # torch.device as a context knows the functions as they are
     torch.Tensor.cuda = lambda self, *args, **options: self
     torch.nn.Module.cuda = lambda self, *args, **options: self
     names = ("tensor", "zeros", "ones", "empty", "full", "rand", "randn", "arange", "as_tensor")

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from whet.backends.device import Arithmetic
 from whet.backends.megatron.model import Decoder
@@ -92,7 +94,9 @@ class Optimizer:
             raise CheckpointError(
                 f"{source} does not fit the model: {error}; resume with the model it is of"
             ) from error
-        self.inner.load_state_dict(found["optimizer"])
+        parts, states = self._parts(), found["optimizer"]
+        for one, state in zip(parts, [states] if len(parts) == 1 else [states[i] for i in sorted(states)], strict=True):
+            _load(one, state)
 
     def offload(self) -> None:
         """State and gradients leave the accelerator."""
@@ -107,6 +111,8 @@ class Optimizer:
         self.inner.restore_from_cpu()
 
     def _state(self, *, loading: bool) -> dict[str, Any]:
+        for one in self._parts():
+            _begin(one.optimizer)
         model = self._decoder.sharded_state_dict()
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
         return {"optimizer": self.inner.sharded_state_dict(model, is_loading=loading, metadata=metadata)}
@@ -120,3 +126,28 @@ class Optimizer:
     def _clear(self) -> None:
         self.model.zero_grad_buffer()
         self.inner.zero_grad()
+
+
+def _load(one: Any, state: dict[str, Any]) -> None:
+    """Set one of Megatron's optimizers to a state."""
+    if not isinstance(one, DistributedOptimizer) or not isinstance(one.optimizer, torch.optim.AdamW):
+        one.load_state_dict(state)
+        return
+    # It looks for PyTorch's count of steps among the moments of each weight, where it has not put it.
+    moments = state.pop("param_state")
+    one.load_state_dict(state)
+    steps = {parameter: known.pop("step") for parameter, known in one.optimizer.state.items()}
+    one.load_parameter_state_from_fully_reshardable(moments)
+    for parameter, step in steps.items():
+        one.optimizer.state[parameter]["step"] = step
+
+
+def _begin(optimizer: torch.optim.Optimizer | None) -> None:
+    """Give AdamW the state of no step: before its first, Megatron finds none, and cannot save or load it."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
