@@ -1,6 +1,6 @@
 """The backend of Megatron-Core, in an environment of its own and over two processes, against the local backend.
 
-It is the first of WHET_MEGATRON_PYTHON and .venv-megatron/bin/python that there is (`scripts/megatron_env.sh` makes it).
+It is that of WHET_MEGATRON_PYTHON, or else .venv-megatron (`scripts/megatron_env.sh` makes it).
 """
 
 from __future__ import annotations
@@ -347,3 +347,49 @@ def check_metrics(found: list[dict[str, float]], expected: list[dict[str, float]
         assert ours.keys() == theirs.keys()
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5, abs=1e-6), (what, step)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), (what, step)
+
+
+def test_settings_that_megatron_or_the_model_refuse_are_named(models, tmp_path: Path):
+    common = {"do": "refusal", "model": str(models("qwen3"))}
+    cases = {
+        "did you mean recompute_granularity?": {"options": {"recompute_granularty": "full"}},
+        "is backend.tensor_parallel": {"options": {"tensor_model_parallel_size": 2}},
+        "follows from the model, where it is 64": {"options": {"hidden_size": 128}},
+        "needs transformer-engine or apex": {"options": {"use_distributed_optimizer": True}},
+        "one run of layers": {"options": {"virtual_pipeline_model_parallel_size": 2}},
+    }
+    tasks = [{**common, "backend": backend} for backend in cases.values()]
+    for said, answer in zip(cases, on_ranks(1, tasks, tmp_path), strict=True):
+        assert said in answer["error"], answer
+
+
+@pytest.mark.parametrize(
+    "method,divided",
+    [("sft", "pipeline_parallel"), ("grpo", "pipeline_parallel"), ("ppo", "tensor_parallel")],
+)
+def test_the_command_line_trains_on_two_processes(method: str, divided: str, models, tmp_path: Path):
+    """From the configuration to a model that transformers load; PPO has a critic of its own."""
+    data = [{"prompt": f"{a}+{a}=", "response": str(2 * a), "label": str(2 * a)} for a in range(1, 9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    sampled = {
+        **{"reward.use": "exact", "rollout.prompts_per_step": 4, "rollout.max_tokens": 6},
+        "rollout.group_size": 4 if method == "grpo" else 1,
+    }
+    settings = {
+        **{"output_dir": tmp_path / "out", "model.path": models("qwen3"), "data.train": tmp_path / "rows.jsonl"},
+        **{"data.cache_dir": tmp_path / "cache", "train.steps": 2, "log.tensorboard": "false", "log.progress": "false"},
+        **{"backend.use": "megatron", f"backend.{divided}": 2, "cluster.num_processes": 2, "backend.threads": 1},
+        **(sampled if method != "sft" else {"train.batch_size": 4}),
+    }
+    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    site = Path(__file__).parent / "megatron_site"
+    environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT / 'src'}", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [str(PYTHON), "-m", "whet", method, *flags], env=environment, capture_output=True, text=True, timeout=LIMIT_S
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) >= 2
+    before, after = weights_in(models("qwen3")), weights_in(tmp_path / "out")
+    assert before.keys() == after.keys()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")

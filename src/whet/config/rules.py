@@ -10,6 +10,7 @@ from whet.config.data import DataConfig
 from whet.config.deepspeed import deepspeed_problems
 from whet.config.evaluation import EvalConfig
 from whet.config.evaluation_rules import OF_PROMPTS, evaluation_problems
+from whet.config.megatron import megatron_problems
 from whet.config.model import QuantizationConfig
 from whet.config.names import did_you_mean, show
 from whet.config.parallel_rules import parallel_problems
@@ -360,6 +361,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _groups,
     parallel_problems,
     deepspeed_problems,
+    megatron_problems,
     _loss,
     _precision,
     _quantised,

@@ -27,7 +27,9 @@ class Decoder(GPTModel):
     """This rank's layers. The first stage of the pipeline begins with the embedding; the last ends with the final norm,
     and returns hidden states, so that the head runs only where a loss looks."""
 
-    value_head: nn.Linear | None = None
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.value_head: nn.Linear | None = None
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states

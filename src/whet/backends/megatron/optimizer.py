@@ -14,7 +14,6 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from whet.backends.device import Arithmetic
 from whet.backends.megatron.model import Decoder
@@ -94,9 +93,7 @@ class Optimizer:
             raise CheckpointError(
                 f"{source} does not fit the model: {error}; resume with the model it is of"
             ) from error
-        parts, states = self._parts(), found["optimizer"]
-        for one, state in zip(parts, [states] if len(parts) == 1 else [states[i] for i in sorted(states)], strict=True):
-            _load(one, state)
+        self.inner.load_state_dict(found["optimizer"])
 
     def offload(self) -> None:
         """State and gradients leave the accelerator."""
@@ -126,20 +123,6 @@ class Optimizer:
     def _clear(self) -> None:
         self.model.zero_grad_buffer()
         self.inner.zero_grad()
-
-
-def _load(one: Any, state: dict[str, Any]) -> None:
-    """Set one of Megatron's optimizers to a state."""
-    if not isinstance(one, DistributedOptimizer) or not isinstance(one.optimizer, torch.optim.AdamW):
-        one.load_state_dict(state)
-        return
-    # It looks for PyTorch's count of steps among the moments of each weight, where it has not put it.
-    moments = state.pop("param_state")
-    one.load_state_dict(state)
-    steps = {parameter: known.pop("step") for parameter, known in one.optimizer.state.items()}
-    one.load_parameter_state_from_fully_reshardable(moments)
-    for parameter, step in steps.items():
-        one.optimizer.state[parameter]["step"] = step
 
 
 def _begin(optimizer: torch.optim.Optimizer | None) -> None:

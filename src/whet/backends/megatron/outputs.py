@@ -40,6 +40,9 @@ class Compute:
         self.temperature, self.chunk_mb = temperature, chunk_mb
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
 
+    def learn_from(self, teacher: Compute) -> None:
+        """Nothing to agree on: of a teacher only logprobs are asked here."""
+
     def hidden(self, model: Any, batch: Batch) -> Tensor:
         """What this stage makes of a micro-batch, [n, 1, H]. `model` is the decoder, bare or wrapped."""
         stream, device = self._padded(batch.tree), batch.tokens.device

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, OptimizerConfig
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
@@ -85,6 +85,11 @@ def check_options(options: Mapping[str, Any], model: Blueprint) -> None:
         elif name not in known:
             near = difflib.get_close_matches(name, known, 1)
             problems.append(f"{name} is no setting of Megatron-Core{f'; did you mean {near[0]}?' if near else ''}")
+    if options.get("use_distributed_optimizer") and USING_PYTORCH_OPTIMIZER:
+        problems.append(
+            "use_distributed_optimizer needs transformer-engine or apex: with PyTorch's AdamW, Megatron-Core 0.16 does not "
+            "load exactly what it saved, so that no run could go on"
+        )
     if problems:
         raise ConfigError("backend.options: " + "; ".join(problems))
 
