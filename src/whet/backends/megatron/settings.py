@@ -87,7 +87,7 @@ def check_options(options: Mapping[str, Any], model: Blueprint) -> None:
             problems.append(f"{name} is no setting of Megatron-Core{f'; did you mean {near[0]}?' if near else ''}")
     if options.get("use_distributed_optimizer") and USING_PYTORCH_OPTIMIZER:
         problems.append(
-            "use_distributed_optimizer needs transformer-engine or apex: with PyTorch's AdamW, Megatron-Core 0.16 does not "
+            "use_distributed_optimizer needs transformer-engine or apex: with PyTorch's AdamW, Megatron-Core does not "
             "load exactly what it saved, so that no run could go on"
         )
     if problems:
