@@ -22,6 +22,8 @@ from whet.models.load import load_tokenizer
 from whet.models.tiny import make_tiny
 
 ADAPTER = {"rank": 4, "init": "pissa"}
+DIVIDED = {"zero_stage": 3, "options": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+"""DeepSpeed leaves weights as small as those of these models whole, unless it is told not to."""
 SHORT = (1, 3, 4)
 """Units of the long trainings."""
 
@@ -39,14 +41,14 @@ TWO_RANKS: Mapping[str, tuple[str, dict[str, Any]]] = {
             "tensor": {"tensor_parallel": 2},
             "context": {"context_parallel": 2, "micro_batch_size": 2},
             "ZeRO-1": {"zero_stage": 1},
-            "ZeRO-3": {"zero_stage": 3, "micro_batch_size": 2},
+            "ZeRO-3": {**DIVIDED, "micro_batch_size": 2},
         }.items()
     },
     "awkward units, one by one": ("llama", {"method": "grpo", **settings(micro_batch_size=1)}),
     "three units": ("llama", {"units": (0, 4, 5), **settings(micro_batch_size=1)}),
     "one unit": ("qwen3", {"units": (0,)}),
     "nothing trained on one rank": ("qwen3", {"units": (4, 3)}),
-    "nothing trained on one rank, divided": ("qwen3", {"units": (4, 3), **settings(zero_stage=3)}),
+    "nothing trained on one rank, divided": ("qwen3", {"units": (4, 3), **settings(**DIVIDED)}),
     "scores": ("llama", {"method": "reward", **settings(context_parallel=2)}),
     "values": ("qwen3", {"method": "values", **settings(tensor_parallel=2)}),
     "adapter": ("qwen3", {"adapter": {"rank": 4}, **settings(tensor_parallel=2)}),
@@ -54,9 +56,9 @@ TWO_RANKS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "bf16": ("qwen3", {"precision": "bf16", "units": SHORT}),
     "recomputed": ("llama", settings(activation_checkpointing=True, tensor_parallel=2)),
     "kept gathered": ("llama", settings(reshard_after_forward=False)),
-    "recomputed, divided": ("llama", settings(activation_checkpointing=True, zero_stage=3)),
+    "recomputed, divided": ("llama", settings(activation_checkpointing=True, **DIVIDED)),
     "offloaded": ("llama", settings(offload="all")),
-    "offloaded, divided": ("llama", settings(offload="all", zero_stage=3)),
+    "offloaded, divided": ("llama", settings(offload="all", **DIVIDED)),
     "optimizer offloaded": ("llama", settings(offload="optimizer")),
     "experts of data ranks": ("qwen3_moe", settings(expert_parallel=2, micro_batch_size=2)),
     "experts of context ranks": ("qwen3_moe", settings(expert_parallel=2, context_parallel=2)),
@@ -73,11 +75,11 @@ KEPT: Mapping[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] =
     "adapter": ("qwen3", {"adapter": ADAPTER}, {}, {"context_parallel": 2}),
     "reward model": ("llama", {"method": "reward"}, {}, {"offload": "all"}),
     "experts": ("qwen3_moe", {}, {"expert_parallel": 2}, {}),
-    "divided weights": ("qwen3", {}, {"zero_stage": 3}, {"zero_stage": 1}),
-    "divided weights and a head": ("llama", {"method": "values"}, {"zero_stage": 2}, {"zero_stage": 3}),
-    "adapter of divided weights": ("qwen3", {"adapter": ADAPTER}, {"zero_stage": 3}, {"offload": "optimizer"}),
-    "divided reward model": ("llama", {"method": "reward"}, {"zero_stage": 3}, {"zero_stage": 3}),
-    "divided experts": ("qwen3_moe", {}, {"zero_stage": 3}, {"zero_stage": 3}),
+    "divided weights": ("qwen3", {}, DIVIDED, {"zero_stage": 1}),
+    "divided weights and a head": ("llama", {"method": "values"}, {"zero_stage": 2}, DIVIDED),
+    "adapter of divided weights": ("qwen3", {"adapter": ADAPTER}, DIVIDED, {"offload": "optimizer"}),
+    "divided reward model": ("llama", {"method": "reward"}, DIVIDED, DIVIDED),
+    "divided experts": ("qwen3_moe", {}, DIVIDED, DIVIDED),
 }
 """Trainings that are saved under one layout and gone on with under another: model, case, the two layouts."""
 FOUR_RANKS: Mapping[str, tuple[str, dict[str, Any]]] = {
@@ -85,12 +87,12 @@ FOUR_RANKS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "context, tensor": ("qwen3", {"method": "grpo", **settings(tensor_parallel=2, context_parallel=2)}),
     "more ranks than heads of keys": ("qwen3", settings(context_parallel=4)),
     "more ranks than units": ("llama", {"method": "grpo", "units": (0, 3, 5)}),
-    "more ranks than units, divided": ("llama", {"method": "grpo", "units": (0, 3, 5), **settings(zero_stage=3)}),
+    "more ranks than units, divided": ("llama", {"method": "grpo", "units": (0, 3, 5), **settings(**DIVIDED)}),
     "experts, tensor": ("qwen3_moe", settings(expert_parallel=2, tensor_parallel=2)),
 }
 OFFERS: Mapping[str, set[str]] = {
     "fsdp": {"tensor_parallel", "context_parallel", "expert_parallel", "offload", "reshard_after_forward"},
-    "deepspeed": {"zero_stage", "offload"},
+    "deepspeed": {"zero_stage", "offload", "options"},
 }
 """Settings that a backend has; cases with others are left out for it."""
 

@@ -106,7 +106,6 @@ class DeepSpeedBackend(LocalBackend):
         optimizer = None
         if self._begun is not None:
             optimizer = adamw(self.model, self._begun, beside=self.value_head)
-            optimizer.register_step_pre_hook(lambda *_: self._check_norm())
         trained = {weight.dtype for weight in self.whole.parameters() if weight.requires_grad}
         limit = self._begun.max_grad_norm if self._begun is not None else None
         told = settings(self.config, max_grad_norm=limit, in_bf16=trained == {torch.bfloat16})
@@ -130,6 +129,9 @@ class DeepSpeedBackend(LocalBackend):
 
     def _inside(self, function: Callable[[], Any]) -> Any:
         """What the function returns where weights are gathered and the engine follows what happens to them."""
+        if self._begun is None and torch.is_grad_enabled():  # a student's loss reads the head of this teacher
+            self._gather_head()
+            return function()
         if not self.divides and not torch.is_grad_enabled():
             return function()
         found: list[Any] = []
@@ -141,6 +143,13 @@ class DeepSpeedBackend(LocalBackend):
 
         flat = self.engine(inside)
         return found[0] if flat is None else _unflat(flat, found[0])
+
+    def _gather_head(self) -> None:
+        """Have the head whole on every rank until the next pass of this model: it is read in the backward pass of the
+        student's, which this model's engine does not follow."""
+        for weight in head(self.model).module.parameters() if self.divides else ():
+            if weight.ds_status.name != "AVAILABLE":
+                weight.all_gather()
 
     def forward(self, share: Share, outputs: Set[Output]) -> tuple[dict[Any, Tensor], float]:  # pyright: ignore
         self.model.eval()
@@ -171,13 +180,10 @@ class DeepSpeedBackend(LocalBackend):
             group["lr"] = lr
         self.engine.step()
         self._has_gradient = False
+        if not self.engine.was_step_applied():
+            raise TrainingError(unfit(float("nan")))
         self.steps += 1
         return {"grad_norm": float(self.engine.get_global_grad_norm())}
-
-    def _check_norm(self) -> None:
-        norm = float(self.engine.optimizer._global_grad_norm)
-        if not torch.isfinite(torch.tensor(norm)):
-            raise TrainingError(unfit(norm))
 
     def set_temperature(self, temperature: float) -> float:
         """Divide logits by this from now on. Returns what they were divided by before."""

@@ -36,6 +36,8 @@ def require_finite(parts: Iterable[tuple[str, Tensor]], device: torch.device) ->
     `parts` is what this rank has of each trained weight, in the same order on every rank.
     """
     found = [(name, (~torch.isfinite(part)).any()) for name, part in parts]
+    if not found:  # a frozen model
+        return
     bad = torch.stack([one.to(device) for _, one in found]).float()
     dist.all_reduce(bad, dist.ReduceOp.MAX)
     if bad.any():
