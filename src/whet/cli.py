@@ -136,7 +136,15 @@ def _sample(arguments: list[str]) -> int:
 
         print(f"{SAMPLE_HELP}\n{summary()}")
         return 0
-    config = _load("sample", [re.sub(r"^--then(?==|$)", "--sample.then", argument) for argument in arguments])
+    arguments = [re.sub(r"^--then(?==|$)", "--sample.then", argument) for argument in arguments]
+    command = ["sample", *arguments]
+    config = _load("sample", arguments)
+    if config.cluster.address is not None:
+        return _over_processes(config, command, _sample_here)
+    return _sample_here(config)
+
+
+def _sample_here(config: RunConfig) -> int:
     from whet.sample.report import in_lines
     from whet.sample.run import compose_sampling
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from whet.config.algorithm_rules import REINFORCES, algorithm_problems, credits_of, min_group_of
+from whet.config.cluster_rules import cluster_problems
 from whet.config.data import DataConfig
 from whet.config.deepspeed import deepspeed_problems
 from whet.config.evaluation import EvalConfig
@@ -360,6 +361,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _reference,
     _groups,
     parallel_problems,
+    cluster_problems,
     deepspeed_problems,
     megatron_problems,
     _loss,

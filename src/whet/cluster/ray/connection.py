@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,11 +33,6 @@ def connected(address: str, namespace: str) -> Iterator[None]:
     Raises ConfigError where there is none, ClusterError where it does not let us in.
     """
     told = f"cluster.address is {address!r}"
-    if address.startswith("ray://"):
-        raise ConfigError(
-            f"{told}, the address of a Ray client; give host:port of the cluster itself from one of its machines, or "
-            "hand the command in from elsewhere with ray job submit"
-        )
     asked = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
     if asked != "auto":
         _reach(asked, told)
@@ -50,7 +47,7 @@ def joined(address: str, namespace: str) -> None:
     """Join a cluster that can be reached, for as long as this program runs. Raises ConfigError or ClusterError."""
     if ray.is_initialized():
         return
-    told = f"cluster.address is {address!r}"
+    told, before = f"cluster.address is {address!r}", signal.getsignal(signal.SIGTERM)
     try:
         # Output of the ranks comes through their actors; what Ray itself has to say is for those who look after it.
         ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level="error")
@@ -63,13 +60,16 @@ def joined(address: str, namespace: str) -> None:
         ) from error
     except (RayError, RuntimeError, SystemExit) as error:  # Ray ends programs that cannot reach its head
         raise ClusterError(f"{told}, but Ray cannot join it: {first_line(error)}") from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray sets a handler of its own, which an orderly end would come back to.
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _reach(address: str, told: str) -> None:
     """Raises ConfigError where nothing listens: Ray itself would wait for minutes, and then end the program."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise ConfigError(f"{told}; give it as host:port, or auto for the cluster that this machine belongs to")
+        raise ConfigError(f"{told}, and RAY_ADDRESS is {address!r}; set that to host:port of the cluster, or unset it")
     hosts = [host] if host not in ("127.0.0.1", "localhost") else [host, ray.util.get_node_ip_address()]
     for number, one in enumerate(hosts):
         try:

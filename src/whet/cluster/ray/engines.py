@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,8 @@ from whet.errors import EngineError
 logger = logging.getLogger(__name__)
 
 ASK_S = 60.0
+MOVES, MOVE_S = 3, 2.0
+"""How often an actor that is lost as soon as it starts is started again at once, and the seconds before that."""
 SOURCE = str(Path(__file__).resolve().parents[3])
 """Where whet lies on this machine; on another it may lie elsewhere."""
 
@@ -97,17 +100,26 @@ class Node:
         return Held(self._holder, self._place, over, log)
 
     def _find(self) -> tuple[str, int]:
+        deadline, moves = time.monotonic() + self._limit_s, 0
+        while True:
+            try:
+                return self._settle(deadline - time.monotonic())
+            except Lost as error:  # for a moment after the loss of a node, Ray still offers its bundles
+                moves += 1
+                if moves > MOVES or time.monotonic() + MOVE_S > deadline:
+                    raise EngineError(f"{error}; see ray status for nodes with room") from error
+            time.sleep(MOVE_S)
+
+    def _settle(self, limit_s: float) -> tuple[str, int]:
+        """A new actor in the bundle, wherever that is by now. Raises Lost."""
         if self._holder is not None:
             with suppress(RayError):
                 ray.kill(self._holder)
         options: dict[str, Any] = {"num_cpus": self._slot.cpus, "num_gpus": self._slot.gpus, "max_restarts": 0}
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, self._slot.bundle)
         self._holder = ray.remote(**options)(Holder).options(max_concurrency=4).remote()
-        try:
-            self._place = ask("to start", {self._name: self._holder.place.remote()}, self._limit_s)[0]
-            port = ask("for a port", {self._name: self._holder.free_port.remote()}, ASK_S)[0]
-        except Lost as error:
-            raise EngineError(f"{error}; see ray status for nodes with room") from error
+        self._place = ask("to start", {self._name: self._holder.place.remote()}, limit_s)[0]
+        port = ask("for a port", {self._name: self._holder.free_port.remote()}, ASK_S)[0]
         logger.info("%s is on node %s (%s)", self._name, self._place.address, self._place.node[:8])
         return self._place.address, port
 

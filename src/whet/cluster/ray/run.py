@@ -135,6 +135,8 @@ class _Run:
         outcome, deadline = Outcome(), float("inf")
         while crew.listening and time.monotonic() < deadline:
             self._pass_on(crew)
+            if self._passed_on > 1:  # at once, but with time to say a last word
+                deadline = min(deadline, time.monotonic() + GRACE_S)
             for rank, said, code, why in crew.hear():
                 _say(said)
                 if why is not None:

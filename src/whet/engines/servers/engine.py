@@ -326,7 +326,7 @@ class ServerEngine:
         caller = self._caller
         if (
             self._served.stands_still
-            and self._served.current is not None
+            and self._served.snapshot is not None
             and caller is not None
             and caller.is_running()
         ):
