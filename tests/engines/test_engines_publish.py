@@ -189,3 +189,15 @@ async def test_memory_is_given_up_and_taken_back_with_the_next_request(make, tra
     trainer.change(seed=2)
     await engine.update_weights(trainer.snapshot(1))
     assert difference(trainer, await engine.generate(PROMPT, Sampling(max_tokens=2, ignore_eos=True))) < 1e-4
+
+
+async def test_a_completion_that_takes_too_long_says_where_it_was(make):
+    engine = await make(timeout_s=0.5)
+    with pytest.raises(
+        EngineError, match=r"within 0\.5 s: \d+ of at most 3000 tokens .* sglang engine 0 .* works on it"
+    ):
+        await engine.generate(PROMPT, Sampling(max_tokens=3000, ignore_eos=True))
+    await engine.pause()
+    with pytest.raises(EngineError, match=r"0 of at most 3 tokens were sampled, it waited for a server with room"):
+        await engine.generate(PROMPT, Sampling(max_tokens=3, ignore_eos=True))
+    await engine.resume()

@@ -159,7 +159,7 @@ async def test_weights_that_change_beneath_requests_are_told_apart(vllm_server: 
 async def test_a_server_that_stands_still_is_left(vllm_server: Place, vllm: str, tmp_path: Path):
     """Stopped as a whole, and only what computes behind its front: both are noticed within their limit."""
     trainer = Trainer(vllm_server.model)
-    engine = engine_of("vllm", trainer, tmp_path, address=vllm_server.address, health_interval_s=0.5, timeout_s=40)
+    engine = engine_of("vllm", trainer, tmp_path, address=vllm_server.address, health_interval_s=0.5, timeout_s=200)
     assert vllm_server.process is not None
     pid = vllm_server.process.pid
     try:

@@ -123,6 +123,7 @@ class Fleet:
 
     async def _at(self, server: Server, request: Request) -> Any:
         """What one server makes of a request. Raises Unreachable where it is cut short because the server died."""
+        request.where = server.name
         try:
             async with asyncio.timeout(None) as request.scope:
                 return await server.sample(request, self._stops)
@@ -137,6 +138,7 @@ class Fleet:
     async def _move(self, server: Server, request: Request, error: Unreachable) -> None:
         """Let a request go on elsewhere, once it is known whether its server lives."""
         request.num_moves += 1
+        request.where = ""
         if request.num_moves > MAX_MOVES + len(self.servers):
             raise EngineError(f"a request failed {request.num_moves} times at different servers; the last: {error}")
         self.losses.num_moved += 1
@@ -191,8 +193,7 @@ class Fleet:
                 most = None if most is None else most - 1
 
     def _late(self, request: Request) -> str:
-        where = next((server for server in self.servers if request.id in server.active), None)
-        told = f"{where.name} works on it" if where is not None else "it waited for a server with room"
+        told = f"{request.where} works on it" if request.where else "it waited for a server with room"
         states = ", ".join(f"{server.name}: {server.state}" for server in self.servers)
         return (
             f"a completion did not end within {self._config.timeout_s:g} s: {len(request.output)} of at most "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ import httpx2
 
 from whet.errors import EngineError
 
+IDLE_S = 2.0
+"""Seconds after which an idle connection is given up: servers do so after five, and a question may cross with it."""
 LOST = (httpx2.TransportError, httpx2.StreamError)
 
 
@@ -29,7 +32,8 @@ class Channel:
 
     def __init__(self, address: str, name: str, num_connections: int = 256) -> None:
         self.address, self.name = address.rstrip("/"), name
-        limits = httpx2.Limits(max_connections=num_connections + 8, max_keepalive_connections=num_connections + 8)
+        most = num_connections + 8
+        limits = httpx2.Limits(max_connections=most, max_keepalive_connections=most, keepalive_expiry=IDLE_S)
         # Neither proxies nor credentials of the environment concern a server of our own. The limits are the callers'.
         self._client = httpx2.AsyncClient(base_url=self.address, limits=limits, timeout=None, trust_env=False)
 
@@ -56,9 +60,7 @@ class Channel:
         content = None if body is None else json.dumps(body).encode()
         told = f" to {doing}" if doing else ""
         try:
-            answer = await self._client.request(
-                method, path, content=content, params=query, headers=_JSON, timeout=timeout_s
-            )
+            answer = await self._request(method, path, content, query, timeout_s)
         except httpx2.TimeoutException as error:
             raise Unreachable(f"{self.name} did not answer {method} {path}{told} within {timeout_s:g} s") from error
         except LOST as error:
@@ -69,8 +71,24 @@ class Channel:
         except ValueError:
             return answer.text or None
 
+    async def _request(
+        self, method: str, path: str, content: bytes | None, query: Mapping[str, str] | None, timeout_s: float
+    ) -> httpx2.Response:
+        began = time.monotonic()
+        for attempt in (1, 2):
+            try:
+                return await self._client.request(
+                    method, path, content=content, params=query, headers=_JSON, timeout=timeout_s
+                )
+            except (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError):
+                # At once: the connection had been closed while it was idle, and the question was not heard.
+                if attempt == 2 or time.monotonic() - began > 1.0:
+                    raise
+        raise AssertionError("the second attempt returns or raises")
+
     async def stream(self, path: str, body: Any) -> AsyncIterator[dict[str, Any]]:
         """The events of a streamed answer, as they come. The caller sets the limit. Raises as `ask` does."""
+        done = False
         try:
             async with self._client.stream("POST", path, content=json.dumps(body).encode(), headers=_JSON) as answer:
                 if answer.status_code != 200:
@@ -79,14 +97,16 @@ class Channel:
                     if not line.startswith("data:"):
                         continue
                     if (data := line[5:].strip()) == "[DONE]":
-                        return
+                        done = True  # what follows is the end of the answer: read, it leaves the connection to others
+                        continue
                     event = json.loads(data)
                     if (error := event.get("error")) is not None:
                         self._check(_code(error), f"POST {path}", json.dumps(error).encode())
                     yield event
         except LOST as error:
             raise Unreachable(f"{self.name} broke off an answer ({path}): {_why(error)}") from error
-        raise Unreachable(f"{self.name} broke off an answer ({path}): the stream ended before it was done")
+        if not done:
+            raise Unreachable(f"{self.name} broke off an answer ({path}): the stream ended before it was done")
 
     async def close(self) -> None:
         """Let go of all connections."""

@@ -36,6 +36,8 @@ class Request:
     cut: str | None = None
     scope: asyncio.Timeout | None = None
     num_moves: int = 0
+    where: str = ""
+    """The server that works on it."""
 
     def begin(self, version: int) -> None:
         """Another server takes over."""

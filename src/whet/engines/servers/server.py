@@ -167,7 +167,6 @@ class Server:
                 if news.finish_reason is not None:
                     reason = news.finish_reason
                     told = self._spans(news.versions, request)
-                    break
         finally:
             self.active.pop(request.id, None)
             await events.aclose()
