@@ -102,12 +102,14 @@ class FsdpBackend(LocalBackend):
         return found
 
     def forward(self, share: Share, outputs: Set[Output]) -> tuple[dict[Any, Tensor], float]:  # pyright: ignore
+        """Outputs over the share's batch, on the CPU, and this rank's floating-point operations."""
         self.model.eval()
         found = forward_pass(self.compute, self.arithmetic, share.batch, share.micros(), outputs)
         found = {name: values.cpu() for name, values in found.items()}
         return found, self._flops(share, self.counts.forward, outputs)
 
     def forward_backward(self, share: Share, terms: Sequence[Term]) -> tuple[dict[str, Any], float]:  # pyright: ignore
+        """Add the share's gradient; returns `Tally.state()` and this rank's floating-point operations."""
         self.model.train()
         with explained(self.config):
             tally = backward_pass(self.compute, self.arithmetic, share.micros(), terms, self._backward)

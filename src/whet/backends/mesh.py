@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
@@ -46,9 +45,3 @@ def make_meshes(layout: Layout, device_type: str, timeout_s: float) -> Meshes:
         _set_pg_timeout(timedelta(seconds=timeout_s), mesh.get_group())
     slices = Slices(places["context"].get_group(), places["tensor"].get_group(), sharing.get_group())
     return Meshes(layout, shards, whole["tensor"], whole["experts"], whole["replicas"], slices)
-
-
-def total(tensor, group: dist.ProcessGroup | None = None):
-    """Sum over ranks, in place."""
-    dist.all_reduce(tensor, group=group)
-    return tensor

@@ -61,7 +61,7 @@ def _inner(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
 
 def _linear(module: nn.Module) -> nn.Linear:
     """The linear layer itself, below an adapter if it has one."""
-    return module.base_layer if hasattr(module, "base_layer") else module  # pyright: ignore[reportReturnType]
+    return module.base_layer if hasattr(module, "base_layer") else module
 
 
 def _divide(block: nn.Module, names_in: tuple[str, ...], name_out: str, mesh: DeviceMesh, slices: Slices) -> None:
@@ -82,7 +82,7 @@ def _factors(module: nn.Module) -> Iterator[tuple[nn.Linear, nn.Linear]]:
     """The two matrices of each adapter on a layer."""
     a, b = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
     if isinstance(a, nn.ModuleDict) and isinstance(b, nn.ModuleDict):
-        yield from ((a[name], b[name]) for name in a)  # pyright: ignore[reportReturnType]
+        yield from ((a[name], b[name]) for name in a)
 
 
 def _shard(linear: nn.Linear, mesh: DeviceMesh, dim: int) -> None:
