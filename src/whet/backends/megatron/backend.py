@@ -21,7 +21,7 @@ from whet.backends.megatron.files import HEAD, Files, write_folder
 from whet.backends.megatron.model import build, check_sizes, set_up
 from whet.backends.megatron.optimizer import Optimizer
 from whet.backends.megatron.outputs import Compute
-from whet.backends.megatron.settings import check_options, transformer_config
+from whet.backends.megatron.settings import check_installed, check_options, transformer_config
 from whet.backends.megatron.transfer import Transfer
 from whet.batch import Batch
 from whet.config.backend import BackendConfig
@@ -68,6 +68,7 @@ class MegatronBackend:
         self.scores, self.values = scores, values
         whole = load_config(model)
         self.blueprint = blueprint(whole)
+        check_installed(self.blueprint)
         check_options(config.options, self.blueprint)
         check_sizes(self.blueprint, layout, config.sequence_parallel)
         set_up(config, torch.initial_seed() % 2**31)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, OptimizerConfig
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
@@ -92,6 +94,20 @@ def check_options(options: Mapping[str, Any], model: Blueprint) -> None:
         )
     if problems:
         raise ConfigError("backend.options: " + "; ".join(problems))
+
+
+def check_installed(model: Blueprint) -> None:
+    """Raises ConfigError for a model whose layers Megatron-Core cannot build without transformer-engine."""
+    lacking = []
+    if model.num_experts and not hasattr(moe_utils, "te_general_gemm"):
+        lacking.append("experts")
+    if model.latent and not isinstance(multi_latent_attention.TELinear, type):
+        lacking.append("latent attention")
+    if lacking:
+        raise ConfigError(
+            f"backend.use is megatron and the model has {' and '.join(lacking)}, for which Megatron-Core 0.16 needs "
+            "transformer-engine; install transformer-engine[pytorch] (with a GPU), or set backend.use to fsdp"
+        )
 
 
 def transformer_config(
