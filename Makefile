@@ -5,8 +5,11 @@ SHELL := /bin/bash
 BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv-peers
+# What whet works with and does not bring along: vLLM's server; Ray, DeepSpeed and Megatron-Core.
+VLLM := .venv-vllm
+BACKENDS := .venv-backends
 
-.PHONY: help demo test check setup format bench docs clean
+.PHONY: help demo test check integration setup format bench docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -24,6 +27,11 @@ check: $(READY) ## Check format, lint, types and layers, then run every test
 	$(BIN)/pytest -q tests/test_layers.py
 	$(BIN)/pytest
 
+integration: $(VLLM)/.ready $(BACKENDS)/.ready ## Test with real vLLM, Ray, DeepSpeed and Megatron, in environments of their own
+	WHET_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python WHET_MEGATRON_PYTHON=$(CURDIR)/$(BACKENDS)/bin/python \
+		$(BACKENDS)/bin/python -m pytest tests/integration tests/cluster
+	$(BACKENDS)/bin/python -m pytest tests/contract/test_contract_backend.py -k deepspeed
+
 setup: $(READY) ## Make .venv with everything in it
 
 format: $(READY) ## Format the code and fix what the linter can fix
@@ -37,7 +45,7 @@ docs: $(READY) ## Write the configuration reference anew from the schema
 	$(BIN)/python -m whet.config.reference docs
 
 clean: ## Remove caches and virtual environments; runs/ stays
-	rm -rf .venv $(PEERS) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(PEERS) $(VLLM) $(BACKENDS) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints-cpu.txt scripts/setup.sh
@@ -46,4 +54,12 @@ $(READY): pyproject.toml constraints-cpu.txt scripts/setup.sh
 
 $(PEERS)/.ready: benchmarks/peer_env.sh constraints-cpu.txt
 	@bash benchmarks/peer_env.sh $(PEERS)
+	@touch $@
+
+$(VLLM)/.ready: scripts/vllm_env.sh
+	@scripts/vllm_env.sh $(VLLM)
+	@touch $@
+
+$(BACKENDS)/.ready: scripts/integration_env.sh pyproject.toml constraints-cpu.txt
+	@scripts/integration_env.sh $(BACKENDS)
 	@touch $@

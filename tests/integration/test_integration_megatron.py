@@ -1,6 +1,7 @@
 """The backend of Megatron-Core, in an environment of its own and over two processes, against the local backend.
 
-It is that of WHET_MEGATRON_PYTHON, or else .venv-megatron (`scripts/megatron_env.sh` makes it).
+It is that of WHET_MEGATRON_PYTHON, or else .venv-backends (`make integration` makes
+it).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from whet.types import Sample, Unit
 from whet.weights.convert import convert
 
 ROOT = Path(__file__).parent.parent.parent
-PYTHON = Path(os.environ.get("WHET_MEGATRON_PYTHON") or ROOT / ".venv-megatron" / "bin" / "python")
+PYTHON = Path(os.environ.get("WHET_MEGATRON_PYTHON") or ROOT / ".venv-backends" / "bin" / "python")
 RANK = Path(__file__).parent / "megatron_rank.py"
 LIMIT_S = 300
 STEPS = 20
@@ -44,7 +45,7 @@ EXACT = Arithmetic(torch.device("cpu"), None, "highest")
 OPTIM = {"lr": 3e-4, "weight_decay": 0.1, "max_grad_norm": 0.5}
 
 pytestmark = pytest.mark.skipif(
-    not PYTHON.is_file(), reason=f"no environment with Megatron-Core: {PYTHON} is not there (scripts/megatron_env.sh)"
+    not PYTHON.is_file(), reason=f"no environment with Megatron-Core: {PYTHON} is not there (make integration)"
 )
 
 FAMILIES = ("qwen3", "llama", "glm4", "qwen3_moe", "deepseek_v3")
