@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import warnings
@@ -149,4 +150,7 @@ def main() -> None:
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
+    for child in multiprocessing.active_children():  # Megatron's, that wait for more to write
+        child.terminate()
+        child.join(10)
     os._exit(0)  # what Megatron leaves behind takes seconds to go
