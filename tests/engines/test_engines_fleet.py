@@ -157,7 +157,8 @@ def test_a_server_dies_with_whoever_started_it(tmp_path: Path):
 
 
 def test_a_process_ends_with_all_that_it_started(tmp_path: Path):
-    code = "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+    deaf = "trap '' TERM; while :; do sleep 1; done"
+    code = f"import subprocess, time; print(subprocess.Popen(['sh', '-c', {deaf!r}]).pid, flush=True); time.sleep(600)"
     process = Process(sys.executable, ["-c", code], dict(os.environ), tmp_path / "log", "it")
     limit = time.monotonic() + 10
     while len((tmp_path / "log").read_text().splitlines()) < 2:
