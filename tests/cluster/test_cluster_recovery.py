@@ -57,6 +57,7 @@ def test_restarts_are_counted_and_waits_grow_to_a_limit(caplog: pytest.LogCaptur
     assert pauses == [2, 4, 8, 16, 32, 60, 60]
     assert "rank 1 was killed by SIGKILL; cluster.max_restarts is 7, so that this is the end" in caplog.text
     assert supervise(outcomes(Outcome({0: 1}))[0], 0) == 1, "the code of rank 0 where it has one"
+    assert supervise(outcomes(Outcome({0: -9}))[0], 0) == 75, "unless a signal ended it"
 
 
 def made(tmp_path: Path, **settings) -> RunConfig:
@@ -81,6 +82,8 @@ def test_each_training_node_is_one_bundle_and_each_engine_another(tmp_path: Path
 def test_processes_without_nodes_are_spread_one_by_one(tmp_path: Path):
     found = plan(made(tmp_path, cluster__num_processes=3, backend__use="fsdp"), has_gpus=True)
     assert found.training == (Bundle(1, 1),) * 3 and not found.apart and found.engines == ()
+    external = {"engine__use": "vllm", "engine__address": "http://10.0.0.9:8000"}
+    assert plan(made(tmp_path, **external), has_gpus=True).engines == (), "servers that run already need no room"
 
 
 def test_a_shortage_names_what_is_asked_and_what_there_is(tmp_path: Path):

@@ -76,7 +76,7 @@ def plan(config: RunConfig, *, has_gpus: bool) -> Plan:
     return Plan(
         training=(training,) * (cluster.size // per_bundle),
         per_bundle=per_bundle,
-        apart=by_node and cluster.num_nodes > 1,
+        apart=cluster.num_nodes > 1,
         engines=() if cluster.colocate else (own,) * num_engines,
         colocated=num_engines if cluster.colocate else 0,
         devices_per_engine=devices,
