@@ -50,7 +50,7 @@ def server_engine(
     model: nn.Module = backend.model
     inner, engine = base(model), config.engine
     text = inner.config.get_text_config()
-    naming = Naming(text.model_type, _scales(model))
+    naming = Naming(inner, _scales(model))
     dtype = str(engine.options.get("dtype") or short(arithmetic.autocast or inner.dtype))
     adapter, rank = _adapter(model, config)
     untouched = _untouched(model)

@@ -139,7 +139,7 @@ async def test_an_adapter_is_sent_alone_or_merged(sglang_server, tmp_path, make)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     torch.manual_seed(0)
     trainer.model = get_peft_model(trainer.model, lora).eval()
-    naming = Naming("qwen3", _scales(trainer.model))
+    naming = Naming(trainer.model.get_base_model(), _scales(trainer.model))
 
     def snapshot(version: int) -> Snapshot:
         return Snapshot(

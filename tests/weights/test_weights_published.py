@@ -193,7 +193,7 @@ def test_an_adapter_is_merged_as_peft_merges_it(tiny_qwen: Path, rslora: bool):
     settings = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False, use_rslora=rslora)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_qwen), settings)
     named = ((name, one.detach()) for name, one in model.named_parameters())
-    found = {name: one.clone() for name, one in as_checkpoint(named, Naming("qwen3", _scales(model)))}
+    found = {name: one.clone() for name, one in as_checkpoint(named, Naming(model.get_base_model(), _scales(model)))}
     assert len(_scales(model)) == 14
     merged = dict(model.merge_and_unload().named_parameters())
     assert set(found) == set(merged)
@@ -215,7 +215,11 @@ def test_an_adapter_that_cannot_be_merged_is_refused(tiny_qwen: Path):
     settings = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_qwen), settings)
     with pytest.raises(EngineError, match=r"adapter_only: true"):
-        list(as_checkpoint(((name, one.detach()) for name, one in model.named_parameters()), Naming("qwen3")))
+        list(
+            as_checkpoint(
+                ((name, one.detach()) for name, one in model.named_parameters()), Naming(model.get_base_model())
+            )
+        )
 
 
 def test_experts_are_named_as_in_their_checkpoint(tmp_path: Path):
@@ -234,6 +238,6 @@ def test_experts_are_named_as_in_their_checkpoint(tmp_path: Path):
     model = Qwen3MoeForCausalLM(config)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
-    ours = dict(as_checkpoint(((name, one.detach()) for name, one in model.named_parameters()), Naming("qwen3_moe")))
+    ours = dict(as_checkpoint(((name, one.detach()) for name, one in model.named_parameters()), Naming(model)))
     assert set(ours) == set(saved)
     assert all(torch.equal(ours[name], saved[name]) for name in saved)

@@ -6,19 +6,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from whet.errors import EngineError
+from whet.weights.names import in_files
 
-SPLIT_EXPERTS = {"qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "olmoe"}
-"""Model types whose checkpoints have a tensor for each expert where the model has one for all."""
 WRAPPED = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """What is known of a model beside its parameters: `scales` of its adapter by the module that it is on."""
+    """What is known of a model beside its parameters: the `model`, which need hold no weights, and the `scales` of its
+    adapter by the module that it is on."""
 
-    model_type: str = ""
+    model: PreTrainedModel
     scales: Mapping[str, float] | None = None
 
 
@@ -33,7 +34,8 @@ def as_checkpoint(parameters: Iterable[tuple[str, Tensor]], naming: Naming) -> I
         plain = name.removeprefix(WRAPPED)
         module, part = _adapted(plain)
         if part is None:
-            yield from _experts(plain, tensor, naming.model_type)
+            plain = plain.replace(".base_layer.", ".")  # a bias beneath an adapter
+            yield from in_files(naming.model, [(plain, tensor)])
             continue
         held = waiting.setdefault(module, {})
         held[part] = tensor.clone()  # it is valid only until the next is asked for
@@ -75,19 +77,3 @@ def _merged(module: str, held: Mapping[str, Tensor], naming: Naming) -> Tensor:
         )
     scale = (naming.scales or {}).get(module, 1.0)
     return weight + (held["B"].to(weight) @ held["A"].to(weight)) * scale
-
-
-def _experts(name: str, tensor: Tensor, model_type: str) -> Iterator[tuple[str, Tensor]]:
-    name = name.replace(".base_layer.", ".")  # a bias beneath an adapter
-    if model_type not in SPLIT_EXPERTS or tensor.ndim != 3:
-        yield name, tensor
-    elif name.endswith(".experts.gate_up_proj"):
-        stem, half = name.removesuffix("gate_up_proj"), tensor.shape[1] // 2
-        for number, expert in enumerate(tensor):
-            yield f"{stem}{number}.gate_proj.weight", expert[:half]
-            yield f"{stem}{number}.up_proj.weight", expert[half:]
-    elif name.endswith(".experts.down_proj"):
-        for number, expert in enumerate(tensor):
-            yield f"{name.removesuffix('down_proj')}{number}.down_proj.weight", expert
-    else:
-        yield name, tensor

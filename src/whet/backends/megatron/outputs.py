@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from whet import tree
-from whet.backends.megatron.exchange import sum_alike
+from whet.backends.exchange import sum_alike
 from whet.backends.megatron.model import Decoder
 from whet.backends.megatron.parts import Stream
 from whet.batch import Batch

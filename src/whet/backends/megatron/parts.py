@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from whet.backends.megatron.exchange import heads_to_tokens, tokens_to_heads
+from whet.backends.exchange import heads_for_stream, stream_for_heads
 from whet.tensor.segments import Segments
 from whet.weights.megatron.blueprint import Blueprint
 
@@ -91,9 +91,9 @@ class SegmentAttention(nn.Module):
         if key.shape[1] % ranks:  # each rank needs the keys that its queries look at
             repeat = ranks // math.gcd(key.shape[1], ranks)
             key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
-        q, k, v = (tokens_to_heads(x, self.context).transpose(0, 1)[None] for x in (query, key, value))
-        out = packed_seq_params.segments.attend(self, q, k, v, self.scale)[0]
-        return heads_to_tokens(out, self.context).flatten(1)
+        q, k, v = (heads_for_stream(x.transpose(0, 1)[None], self.context) for x in (query, key, value))
+        out = packed_seq_params.segments.attend(self, q, k, v, self.scale)
+        return stream_for_heads(out, self.context)[0].flatten(1)
 
 
 class Rotary(nn.Module):
