@@ -65,6 +65,20 @@ async def test_a_server_computes_with_what_was_published(make, trainer, by):
     assert 0 < told["engine/publish_s"] < 30
 
 
+async def test_only_what_has_changed_is_broadcast_to_a_server_that_reads_no_differences(make, trainer):
+    engine = await make(publish={"delta": True})
+    await engine.update_weights(trainer.snapshot(1))
+    whole = engine.metrics()["engine/publish_mb"]
+    weight = next(weight for name, weight in trainer.model.named_parameters() if "layers.1" in name)
+    with torch.no_grad():
+        weight.mul_(1.5)
+    await engine.update_weights(trainer.snapshot(2))
+    sent = engine.metrics()["engine/publish_mb"]
+    assert sent == pytest.approx(weight.numel() * 4 / 2**20) and sent < whole / 4
+    completion = await engine.generate(PROMPT, Sampling(max_tokens=6, seed=1, ignore_eos=True))
+    assert difference(trainer, completion) < 1e-4
+
+
 async def test_requests_in_flight_go_on_and_tell_which_policy_sampled_what(make, trainer):
     engine = await make()
     tasks = [

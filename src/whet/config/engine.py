@@ -14,7 +14,8 @@ class PublishConfig(Config):
     """`file`: a folder that both can read; `broadcast`: a process group of trainer and servers; `shared`: memory of a
     GPU that both use. `auto` takes what goes with where they run."""
     delta: bool = False
-    """Send only what has changed since the last time, compressed."""
+    """Send only what has changed since the last time: by file as compressed differences, by broadcast the tensors that
+    are others."""
     adapter_only: bool | None = None
     """Of a policy that trains an adapter, send the adapter alone, where the server can take it. Where it can when not
     given."""

@@ -190,6 +190,11 @@ def _engine(engine: EngineConfig, cluster: ClusterConfig) -> Iterator[Problem]:
             "engine.publish.delta is true, but sglang reads complete folders only; set engine.publish.by to broadcast"
         )
         yield Problem(("engine", "publish"), text)
+    if engine.publish.delta and engine.publish.by == "shared":
+        text = (
+            "but what is shared is not sent, so there is nothing to save; remove it, or set engine.publish.by to file"
+        )
+        yield Problem(("engine", "publish"), f"engine.publish.delta is true, {text}")
     if engine.address is not None:
         for name in ("num_engines", "tensor_parallel", "python", "options", "start_timeout_s", "max_restarts"):
             if _is_given(engine, name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -61,6 +62,27 @@ class Deltas:
     def forget(self) -> None:
         """The next pass is sent in full."""
         self.last.clear()
+
+
+class Changes:
+    """Which tensors are others than those last sent, by a digest of each: for ways that take no compressed bytes."""
+
+    def __init__(self) -> None:
+        self._sent: dict[str, bytes] = {}
+
+    def of(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Those that have changed; they count as sent."""
+        for name, tensor in tensors:
+            plain = tensor.detach().cpu().contiguous()
+            digest = hashlib.blake2b(f"{plain.dtype} {tuple(plain.shape)}".encode(), digest_size=16)
+            digest.update(plain.view(-1).view(torch.uint8).numpy())
+            if self._sent.get(name) != (found := digest.digest()):
+                self._sent[name] = found
+                yield name, tensor
+
+    def forget(self) -> None:
+        """The next pass is sent in full: somebody has none of it, or it is not known what arrived."""
+        self._sent.clear()
 
 
 def metadata(entries: dict[str, dict[str, Any]]) -> dict[str, str]:

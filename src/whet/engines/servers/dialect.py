@@ -61,6 +61,8 @@ class Dialect(Protocol):
     """Whether stop tokens that are asked for count where a model's own ends are to be ignored."""
     receives_flat: bool
     """Whether a bucket is taken in as one stretch of bytes, or tensor by tensor."""
+    reads_deltas: bool
+    """Whether it takes in files that hold only what has changed."""
 
     def command(self, config: EngineConfig, start: Start, host: str, port: int) -> list[str]:
         """The arguments of the Python that runs the server, which listens at this address of its machine."""

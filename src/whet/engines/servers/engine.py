@@ -152,7 +152,8 @@ class ServerEngine:
         if by == "auto":
             # Handles where memory is shared, the network where the disk is not, else a folder: it outlives a server.
             by = "shared" if served.colocated and served.device.type == "cuda" else "file"
-            if not local and config.publish.folder is None:
+            whole = config.publish.delta and not self._dialect.reads_deltas
+            if (not local and config.publish.folder is None) or (by == "file" and whole):
                 by = "broadcast"
         if by == "broadcast":
             return ByBroadcast(self._fleet, self._bridge, config.publish, served.device)

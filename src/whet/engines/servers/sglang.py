@@ -25,6 +25,7 @@ class Sglang:
     checks_weights = False
     stops_with_ignore_eos = False
     receives_flat = False
+    reads_deltas = False
 
     def __init__(self) -> None:
         self._groups: dict[str, str] = {}

@@ -20,7 +20,7 @@ from whet.errors import EngineError
 from whet.weights import group as groups
 from whet.weights import handles
 from whet.weights.buckets import buckets, flat, num_bytes, short
-from whet.weights.delta import Deltas, metadata
+from whet.weights.delta import Changes, Deltas, metadata
 from whet.weights.files import WeightFolder, Written
 
 Tensors = Iterable[tuple[str, Tensor]]
@@ -90,7 +90,7 @@ class ByFile:
 
 
 class ByBroadcast:
-    """Bucket by bucket from rank 0, the trainer, to every process of every server."""
+    """Bucket by bucket from rank 0, the trainer, to every process of every server; with `delta`, what has changed."""
 
     def __init__(self, fleet: Fleet, bridge: Bridge, config: PublishConfig, device: torch.device):
         self._fleet, self._bridge, self._config, self._device = fleet, bridge, config, device
@@ -98,18 +98,29 @@ class ByBroadcast:
         self._store: Any = None
         """What the group lives on."""
         self._members: tuple[str, ...] = ()
+        self._changes = Changes() if config.delta else None
 
     async def send(self, tensors: Tensors, version: int) -> int:
         await self._bridge.run(self._fleet.hold())
         await self._meet()
         await self._bridge.run(self._fleet.each(self._open))
+        try:
+            size = await self._pass(tensors, version)
+            await self._bridge.run(self._fleet.each(self._close))
+        except BaseException:
+            if self._changes is not None:
+                self._changes.forget()
+            raise
+        return size
+
+    async def _pass(self, tensors: Tensors, version: int) -> int:
         size = 0
+        tensors = tensors if self._changes is None else self._changes.of(tensors)
         for bucket in buckets(tensors, self._config.bucket_mb * 2**20):
             told = _described(bucket)
             moved = [(name, tensor.to(self._device)) for name, tensor in bucket]
             size += sum(num_bytes(tensor) for _, tensor in moved)
             await self._broadcast(moved, told, version)
-        await self._bridge.run(self._fleet.each(self._close))
         return size
 
     async def _broadcast(self, bucket: list[tuple[str, Tensor]], told: Bucket, version: int) -> None:
@@ -146,6 +157,8 @@ class ByBroadcast:
         if self._group is not None and members == self._members:
             return
         self._group = None
+        if self._changes is not None:
+            self._changes.forget()
         address = groups.own_address(servers[0].channel.host)
         backend = "nccl" if self._device.type == "cuda" else "gloo"
         size = 1 + sum(server.world_size for server in servers)

@@ -29,6 +29,7 @@ class Vllm:
     checks_weights = True
     stops_with_ignore_eos = True
     receives_flat = True
+    reads_deltas = True
 
     def __init__(self) -> None:
         self._extended: dict[str, bool] = {}
