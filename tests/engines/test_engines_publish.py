@@ -68,13 +68,13 @@ async def test_a_server_computes_with_what_was_published(make, trainer, by):
 async def test_only_what_has_changed_is_broadcast_to_a_server_that_reads_no_differences(make, trainer):
     engine = await make(publish={"delta": True})
     await engine.update_weights(trainer.snapshot(1))
-    whole = engine.metrics()["engine/publish_mb"]
+    engine.metrics()
     weight = next(weight for name, weight in trainer.model.named_parameters() if "layers.1" in name)
     with torch.no_grad():
         weight.mul_(1.5)
     await engine.update_weights(trainer.snapshot(2))
     sent = engine.metrics()["engine/publish_mb"]
-    assert sent == pytest.approx(weight.numel() * 4 / 2**20) and sent < whole / 4
+    assert sent == pytest.approx(weight.numel() * 4 / 2**20)
     completion = await engine.generate(PROMPT, Sampling(max_tokens=6, seed=1, ignore_eos=True))
     assert difference(trainer, completion) < 1e-4
 
