@@ -238,3 +238,27 @@ def test_weights_sum_to_one(kind):
 def test_weights_of_a_batch_without_trained_tokens_are_zero_not_nan(kind):
     batch = collate([Unit("a", (sample([1, 2, 3], 0), sample([4, 5], 0)))])
     assert weights(batch, kind, max_length=4).tolist() == [0.0] * 5
+
+
+def test_a_unit_larger_than_a_micro_batch_is_cut_between_its_rows():
+    prompt = list(range(40))
+    rows = [[*prompt, *range(100 * i, 100 * i + 10)] for i in range(1, 6)]
+    group = Unit("g", tuple(sample(row, 10) for row in rows), {"baseline_rewards": 0.5})
+    single = Unit("s", (sample([7, 8, 9], 1),), {"baseline_rewards": 0.25})
+    batch = collate([group, single]).weighed(["token"])
+    assert [one.num_tokens for one in batch.trees] == [90, 3]
+    cut = batch.refined(70)  # the prompt and three answers
+    assert [one.num_tokens for one in cut.trees] == [70, 60, 3]
+    assert cut.unit_names == ("g", "g", "s") and cut.unit_ids.tolist() == [0, 0, 0, 1, 1, 2]
+    assert cut["baseline_rewards"].tolist() == [0.5, 0.5, 0.25]
+    assert torch.equal(cut.tokens, batch.tokens) and torch.equal(cut["weights/token"], batch["weights/token"])
+    for part, own in zip(range(3), cut.trees, strict=True):
+        assert np.array_equal(own.tokens[own.index], cut.select([part]).tokens.numpy())
+    assert [one.num_tokens for one in batch.refined(5).trees] == [50] * 5 + [3]
+    assert batch.refined(90) is batch
+
+
+def test_rows_laid_out_in_full_are_cut_as_such():
+    group = Unit("g", tuple(sample([*range(30), i], 1) for i in range(4)))
+    cut = collate([group], share_prefixes=False).refined(62)
+    assert [one.num_tokens for one in cut.trees] == [62, 62]

@@ -149,6 +149,33 @@ class Batch:
         """Which units go into which micro-batch: see `micro_batches`."""
         return micro_batches([t.num_tokens for t in self.trees], max_tokens, max_units)
 
+    def refined(self, max_tokens: int) -> Batch:
+        """This batch with units of more than `max_tokens` physical tokens cut between their rows, so that each part can
+        be a micro-batch; a single row is never cut.
+
+        Tokens, sequences and their columns stay where they are. What is said of a unit is said of each of its parts,
+        so this is for losses that give one value per token or sequence, after credit and weights.
+        """
+        if all(own.num_tokens <= max_tokens for own in self.trees):
+            return self
+        tokens, starts = self.tokens.cpu().numpy(), self.cu_seqlens.tolist()
+        rows = [tokens[start:end] for start, end in pairwise(starts)]
+        firsts = np.searchsorted(self.unit_ids.cpu().numpy(), np.arange(self.num_units + 1)).tolist()
+        parts = [
+            (unit, part)
+            for unit, (first, last) in enumerate(pairwise(firsts))
+            for part in tree.cut(self.trees[unit], rows[first:last], max_tokens)
+        ]
+        units = torch.tensor([unit for unit, _ in parts], device=self.tokens.device)
+        counts = torch.tensor([count for _, (_, count) in parts], device=self.tokens.device)
+        return replace(
+            self,
+            unit_ids=torch.repeat_interleave(torch.arange(len(parts), device=self.tokens.device), counts),
+            unit_names=tuple(self.unit_names[unit] for unit, _ in parts),
+            trees=tuple(own for _, (own, _) in parts),
+            columns={k: v[units] if column(k).kind == "unit" else v for k, v in self.columns.items()},
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """This batch with its tensors on another device."""
         names = ("tokens", "position_ids", "cu_seqlens", "loss_mask", "unit_ids")

@@ -37,6 +37,12 @@ def weight_keys(terms: Iterable[Term]) -> list[str]:
     return sorted({key for term in terms for key in (term.weight_key, metric_key(term))})
 
 
+def divisible(batch: Batch, terms: Iterable[Term], max_tokens: int) -> Batch:
+    """A weighed batch, with units that are larger than a micro-batch cut between their rows, unless a term is about
+    pairs, which stay together."""
+    return batch if any(term.loss.per == "pair" for term in terms) else batch.refined(max_tokens)
+
+
 class Tally:
     """Sums that stay on their device until `finish` reads them all at once.
 

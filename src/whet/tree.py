@@ -118,6 +118,22 @@ def flat(rows: Sequence[np.ndarray]) -> Tree:
     return Tree(tokens, positions, starts, np.full(len(rows), -1), np.arange(len(tokens)))
 
 
+def cut(tree: Tree, rows: Sequence[np.ndarray], max_tokens: int) -> list[tuple[Tree, int]]:
+    """The tree of these rows as trees of consecutive rows with at most `max_tokens` tokens each, and how many rows are
+    in each; a longer row has a tree of its own, and what fits stays as it is."""
+    if tree.num_tokens <= max_tokens:
+        return [(tree, len(rows))]
+    lay_out = flat if tree.num_tokens == len(tree.index) else build
+    found, start = [], 0
+    while start < len(rows):
+        end, own = start + 1, lay_out(rows[start : start + 1])
+        while end < len(rows) and (longer := lay_out(rows[start : end + 1])).num_tokens <= max_tokens:
+            end, own = end + 1, longer
+        found.append((own, end - start))
+        start = end
+    return found
+
+
 def join(trees: Sequence[Tree]) -> Tree:
     """Several trees side by side in one stream."""
     if len(trees) == 1:

@@ -184,7 +184,9 @@ def test_gradient_does_not_depend_on_micro_batches(layout: str, method: str, uni
     make, terms = METHODS[method]
     batch = make(units, layout)
     loss, gradient = measured([batch], terms, layout=layout)  # 8 x 1: all units in one
-    for settings in ({"micro_batch_size": 1}, {"micro_batch_size": 3}, {"max_tokens_per_device": 120}):
+    # With 1, every row of a group is a micro-batch of its own.
+    limits = ({"micro_batch_size": 1}, {"micro_batch_size": 3}, *({"max_tokens_per_device": n} for n in (120, 30, 1)))
+    for settings in limits:
         other_loss, other = measured([batch], terms, layout=layout, **settings)
         assert other_loss == pytest.approx(loss, rel=1e-5)
         assert_close(other, gradient)

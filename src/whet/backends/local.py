@@ -31,6 +31,7 @@ from whet.models.export import save_model
 from whet.models.parts import base
 from whet.models.restore import load_weights
 from whet.models.scores import load_head, save_head, value_head
+from whet.tally import divisible
 
 SCALER_FILE = "scaler.json"
 CRITIC_FOLDER = "critic"
@@ -105,6 +106,7 @@ class LocalBackend:
     def forward(self, batch: Batch, outputs: Set[Output]) -> dict[Any, Tensor]:
         """Outputs over the whole batch, on the batch's device."""
         self.model.eval()
+        batch = batch.refined(self.config.max_tokens_per_device)
         self.flops += self.counts.forward(batch.tree, looked(batch, outputs))
         return forward_pass(self.compute, self.arithmetic, batch, self._micro_batches(batch), outputs)
 
@@ -112,6 +114,7 @@ class LocalBackend:
         """Add up the gradient over micro-batches; see `Backend.forward_backward`."""
         self.model.train()
         outputs = frozenset().union(*(term.outputs for term in terms))
+        batch = divisible(batch, terms, self.config.max_tokens_per_device)
         self.flops += self.counts.forward_backward(batch.tree, looked(batch, outputs))
         with explained(self.config):
             tally = backward_pass(self.compute, self.arithmetic, self._micro_batches(batch), terms, self._backward)

@@ -19,7 +19,7 @@ from whet.methods import Term
 from whet.models.digest import digest
 from whet.ranks.crew import Crew
 from whet.ranks.share import Share, shares
-from whet.tally import Tally
+from whet.tally import Tally, divisible
 
 
 class Led:
@@ -59,6 +59,7 @@ class Led:
 
     def forward(self, batch: Batch, outputs: Set[Output]) -> dict[Any, Tensor]:
         """Outputs over the whole batch, on the batch's device."""
+        batch = batch.refined(self._room)
         divided = self._divide(batch)
         replies = self._on_shares("forward", divided, outputs)
         results: dict[Any, Tensor] = {}
@@ -77,6 +78,7 @@ class Led:
     def forward_backward(self, batch: Batch, terms: Sequence[Term]) -> dict[str, float]:
         """Add the gradient of the batch's loss; see `Backend.forward_backward`."""
         tally = Tally(terms)
+        batch = divisible(batch, terms, self._room)
         for state, _ in self._on_shares("forward_backward", self._divide(batch), terms):
             tally.absorb(state)
         result = tally.finish()
@@ -139,9 +141,13 @@ class Led:
         return digest(self.own.model, self.weights())
 
     def _divide(self, batch: Batch) -> list[tuple[list[int], Share]]:
-        layout, config = self._crew.layout, self._config
         costs = [self.own.counts.forward(tree, 0) for tree in batch.trees]
-        return shares(batch, layout.data, costs, config.max_tokens_per_device * layout.context, config.micro_batch_size)
+        return shares(batch, self._crew.layout.data, costs, self._room, self._config.micro_batch_size)
+
+    @property
+    def _room(self) -> int:
+        """Most tokens in one micro-batch, which ranks that share tokens hold together."""
+        return self._config.max_tokens_per_device * self._crew.layout.context
 
     def _on_shares(
         self, method: str, divided: Sequence[tuple[list[int], Share]], about: Any
