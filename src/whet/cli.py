@@ -297,8 +297,8 @@ def _convert(arguments: list[str]) -> int:
     parser.add_argument("--merge", action="store_true", help="SRC is an adapter: merge it into its base on the way")
     parser.add_argument("--base", help="with --merge: folder or hub name of the base (default: as the adapter says)")
     options = parser.parse_args(arguments)
-    if options.shard_gb is not None and options.shard_gb <= 0:
-        parser.error("--shard-gb must be positive")
+    if options.shard_gb is not None and not 0 < options.shard_gb < float("inf"):
+        parser.error("--shard-gb must be positive and finite")
     if options.base and not options.merge:
         parser.error("--base goes with --merge")
     from whet.check.memory import available_bytes

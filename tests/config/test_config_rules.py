@@ -271,6 +271,26 @@ BROKEN = {
         "engine.cache is 'paged', but only the embedded engine has it",
         "remove it",
     ),
+    "a backend that there is not": (SFT, {"backend.use": "fdsp"}, "backend.use is 'fdsp', which is no", "mean fsdp?"),
+    "an engine that there is not": (GRPO, {"engine.use": "vlm"}, "engine.use is 'vlm', which is no", "mean vllm?"),
+    "an address without a scheme": (
+        GRPO,
+        {"engine.use": "vllm", "engine.address": "localhost:8000"},
+        "engine.address has 'localhost:8000'",
+        "http://host:port",
+    ),
+    "no address in the list": (
+        GRPO,
+        {"engine.use": "vllm", "engine.address": []},
+        "engine.address has []",
+        "http://host:port",
+    ),
+    "the same server twice": (
+        GRPO,
+        {"engine.use": "vllm", "engine.address": ["http://a:1", "http://a:1"]},
+        "engine.address names a server twice",
+        "name each once",
+    ),
 }
 
 

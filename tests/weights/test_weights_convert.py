@@ -319,4 +319,5 @@ def test_the_command_says_what_it_did(tiny_qwen, tmp_path, capsys):
     assert cli.main(arguments) == 2
     assert "is not empty; name a new folder" in capsys.readouterr().err
     assert cli.main([*arguments[:2], str(tmp_path / "b"), "--to", "hf", "--base", "x"]) == 2
-    assert cli.main([*arguments[:2], str(tmp_path / "b"), "--to", "hf", "--shard-gb", "0"]) == 2
+    for size in ("0", "nan", "inf"):
+        assert cli.main([*arguments[:2], str(tmp_path / "b"), "--to", "hf", "--shard-gb", size]) == 2

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from whet.config.backend import BackendConfig
 from whet.config.base import Config
 from whet.config.cluster import ClusterConfig
 from whet.config.engine import EngineConfig, PublishConfig
-from whet.config.names import show
+from whet.config.names import did_you_mean, show
 from whet.config.problems import Problem
 from whet.config.run import RunConfig
 
@@ -17,6 +18,8 @@ BACKENDS = ("local", "fsdp", "deepspeed", "megatron")
 """Backends that can be chosen by name; rules that name them say nothing of one of a user's own."""
 SERVERS = ("vllm", "sglang")
 """Engines that are servers."""
+ENGINES = ("local", *SERVERS)
+"""Engines that can be chosen by name."""
 OF_BACKENDS: Mapping[str, tuple[str, ...]] = {
     "tensor_parallel": ("fsdp", "megatron"),
     "context_parallel": ("fsdp", "megatron"),
@@ -68,11 +71,23 @@ def parallel_problems(config: RunConfig) -> Iterator[Problem]:
             f"sample trains nothing, so backend.use {config.backend.use!r} over {config.cluster.size} processes has no "
             "use; leave it at local, and set engine.use to vllm or sglang for a model that one device does not hold",
         )
+    yield from _known("backend", config.backend, BACKENDS)
+    yield from _known("engine", config.engine, ENGINES)
     yield from _backend(config.backend)
     yield from _fsdp(config)
     yield from _processes(config.backend, config.cluster)
     yield from _cluster(config.cluster)
     yield from _engine(config.engine, config.cluster)
+
+
+def _known(where: str, section: BackendConfig | EngineConfig, names: Sequence[str]) -> Iterator[Problem]:
+    """A name that is neither built in nor the path of something of the user's own."""
+    if section.use not in names and not {".", ":"} & set(section.use):
+        near = did_you_mean(section.use, names)
+        text = (
+            f"which is no {where}{near or '.'} Built in: {', '.join(names)}. Your own is written package.module:Class"
+        )
+        yield _problem(where, "use", section, text)
 
 
 def _backend(backend: BackendConfig) -> Iterator[Problem]:
@@ -196,6 +211,7 @@ def _engine(engine: EngineConfig, cluster: ClusterConfig) -> Iterator[Problem]:
         )
         yield Problem(("engine", "publish"), f"engine.publish.delta is true, {text}")
     if engine.address is not None:
+        yield from _addresses(engine)
         for name in ("num_engines", "tensor_parallel", "python", "options", "start_timeout_s", "max_restarts"):
             if _is_given(engine, name):
                 text = "but the servers of engine.address run already, and are not started by this run; remove one"
@@ -203,6 +219,18 @@ def _engine(engine: EngineConfig, cluster: ClusterConfig) -> Iterator[Problem]:
     if cluster.colocate and engine.use == "local":
         text = "but the embedded engine always shares the trainer's device; remove it, or set engine.use to vllm"
         yield _problem("cluster", "colocate", cluster, text)
+
+
+def _addresses(engine: EngineConfig) -> Iterator[Problem]:
+    """Servers that are not written as a client needs them."""
+    addresses = [engine.address] if isinstance(engine.address, str) else engine.address or []
+    wrong = [address for address in addresses if not re.match(r"https?://[^/\s]", address)]
+    if wrong or not addresses:
+        told = show(wrong[0] if wrong else engine.address)
+        yield Problem(("engine", "address"), f"engine.address has {told}; write each as http://host:port")
+    elif len(set(addresses)) < len(addresses):
+        text = "engine.address names a server twice; name each once"
+        yield Problem(("engine", "address"), text)
 
 
 def _is_given(section: Config, name: str) -> bool:

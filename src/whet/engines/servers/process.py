@@ -27,6 +27,17 @@ _TIED = (
     "os.getppid() == int(sys.argv[1]) or os._exit(1); os.execv(sys.argv[2], sys.argv[2:])"
 )
 
+# Waits for the end of a pipe that only we hold: it ends when we do, be it by SIGKILL. What the kernel sends to the
+# server alone is not heard by one that is stopped, and not by what is left of one that has died.
+_GUARD = (
+    "import os, signal, sys, time\n"
+    "sys.stdin.buffer.read()\n"
+    "for number, pause in ((signal.SIGCONT, 0), (signal.SIGTERM, float(sys.argv[2])), (signal.SIGKILL, 0)):\n"
+    "    try: os.killpg(int(sys.argv[1]), number)\n"
+    "    except OSError: break\n"
+    "    time.sleep(pause)\n"
+)
+
 
 class Process:
     """One server with its log. Raises EngineError when it cannot be started at all."""
@@ -50,6 +61,11 @@ class Process:
                 )
         except OSError as error:
             raise EngineError(f"{name} cannot be started with {python}: {error}; set engine.python") from error
+        self._guard = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _GUARD, str(self._process.pid), str(GRACE_S)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
 
     @property
     def pid(self) -> int:
@@ -78,6 +94,8 @@ class Process:
         _signal_group(group, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(GRACE_S)
+        self._guard.kill()
+        self._guard.communicate()
 
 
 OURS = (
