@@ -62,6 +62,19 @@ def test_two_processes_train_what_one_does_and_go_on_where_they_stopped(settings
         assert own == pytest.approx(other, abs=1e-5)
 
 
+def test_one_process_goes_on_where_several_stopped_and_not_the_other_way(settings: dict, tmp_path: Path):
+    asked = {**settings, "optim__schedule": "constant", "checkpoint__every_steps": 2, "train__batch_size": 5}
+    spread = {"backend__use": "fsdp", "cluster__num_processes": 2}
+    assert run("sft", tmp_path / "one", **asked, train__steps=4)[0] == 0
+    assert run("sft", tmp_path / "two", **asked, **spread, train__steps=2)[0] == 0
+    code, said = run("sft", tmp_path / "two", **asked, train__steps=4)
+    assert code == 0 and "going on from" in said, said
+    for own, other in zip(numbers(tmp_path / "two"), numbers(tmp_path / "one"), strict=True):
+        assert own == pytest.approx(other, abs=1e-5)
+    code, said = run("sft", tmp_path / "one", **asked, **spread, train__steps=6)
+    assert code == 2 and "was written by the backend local" in said and "backend.use: local" in said, said
+
+
 def test_reinforcement_samples_from_a_copy_that_follows(settings: dict, tmp_path: Path):
     asked = {**settings, "reward__use": "tests.ranks.short:brevity", "rollout__prompts_per_step": 3}
     asked |= {"rollout__group_size": 2, "rollout__max_tokens": 6, "train__steps": 3, "kl__coef": 0.1}

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PreTrainedTokenizerBase
 
+from whet.checkpoints.state import OPTIMIZER
 from whet.errors import CheckpointError, ModelError, TrainingError
 from whet.models.adapters import has_adapter
 from whet.models.export import save_adapter, save_settings, unsaved_names
@@ -100,6 +101,7 @@ def read_optimizer(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, 
 
     Raises CheckpointError where it was written for other weights.
     """
+    require_spread(folder)
     optimizer.state.clear()
     if not (folder / FOLDER).is_dir():  # no step had been made
         return
@@ -114,6 +116,15 @@ def read_optimizer(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, 
         load(state, storage_reader=reader)
     except (ModelError, CheckpointException, OSError) as error:
         raise CheckpointError(f"{folder / FOLDER} cannot be read ({error}); resume from another checkpoint") from error
+
+
+def require_spread(folder: Path) -> None:
+    """Raises CheckpointError for what one process wrote, with an optimizer in one file: ranks read only their own."""
+    if (folder / OPTIMIZER).is_file():
+        raise CheckpointError(
+            f"{folder} was written by the backend local, whose optimizer is not divided over processes; go on with "
+            "backend.use: local, or give it as model.path, with another output_dir, to begin with its weights"
+        )
 
 
 def _state(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

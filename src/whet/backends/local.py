@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from whet.backends import kept
 from whet.backends.device import Arithmetic
 from whet.backends.forward import Forward, Mode
 from whet.backends.optimizer import adamw
@@ -159,10 +160,20 @@ class LocalBackend:
         load_weights(self.model, folder)
         if self.value_head is not None:
             load_head(self.value_head, folder / CRITIC_FOLDER)
-        if self.optimizer is not None:
-            load_optimizer(self.optimizer, folder)
-            if self.scaler.is_enabled():
-                self.scaler.load_state_dict(read_json(folder / SCALER_FILE))
+        if self.optimizer is None:
+            return
+        if (folder / kept.FOLDER).is_dir():  # of a run over several processes
+            kept.read_optimizer(self.optimizer, self._named(), folder)
+            return
+        load_optimizer(self.optimizer, folder)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(read_json(folder / SCALER_FILE))
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters under the names that checkpoints of several processes have for them."""
+        yield from ((f"model.{name}", weight) for name, weight in self.model.named_parameters())
+        if self.value_head is not None:
+            yield from ((f"value_head.{name}", weight) for name, weight in self.value_head.named_parameters())
 
     def export_weights(self, folder: Path) -> None:
         """The weights, in the type they are trained in; those of a value head in a folder of their own."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from whet.backends.kept import FOLDER
+from whet.backends.kept import FOLDER, require_spread
 from whet.errors import CheckpointError, ModelError
 from whet.weights.stored import Entry
 from whet.weights.torch_dist import Reader, described, write_tensors
@@ -41,6 +41,7 @@ class Moments:
         self.folder = folder / FOLDER
         self.steps = 0
         self._entries: dict[str, Entry] = {}
+        require_spread(folder)
         if not self.folder.is_dir():  # no step had been made
             return
         try:

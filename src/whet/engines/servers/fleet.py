@@ -75,11 +75,14 @@ class Fleet:
         """Most seconds for a living server to say that it lives."""
 
     async def start(self) -> None:
-        """Bring all servers up together, and watch over them. Raises EngineError when one does not come up."""
-        results = await asyncio.gather(*(server.bring_up() for server in self.servers), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+        """Bring all servers up together, and watch over them. Raises EngineError as soon as one cannot come up."""
+        coming = [asyncio.ensure_future(server.bring_up()) for server in self.servers]
+        done, rest = await asyncio.wait(coming, return_when=asyncio.FIRST_EXCEPTION)
+        for one in rest:
+            one.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+        for one in done:
+            one.result()
         if self._router is not None:
             await self._router.start()
         for server in self.servers:
