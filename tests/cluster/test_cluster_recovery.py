@@ -10,6 +10,7 @@ from tests.runs import config_of
 from whet.cluster.placement import Bundle, Node, plan, shortage
 from whet.cluster.recovery import Outcome, supervise
 from whet.config.run import RunConfig
+from whet.errors import ConfigError
 
 
 def outcomes(*found: Outcome):
@@ -77,6 +78,9 @@ def test_each_training_node_is_one_bundle_and_each_engine_another(tmp_path: Path
     assert kept_off.training == without.training and kept_off.devices_per_engine == 0
     together = plan(made(tmp_path, **servers, **nodes, cluster__colocate=True, engine__sleep=True), has_gpus=True)
     assert together.engines == () and together.colocated == 2 and together.training == apart.training
+    spanning = {**servers, "engine__num_engines": 1, "engine__tensor_parallel": 8}
+    with pytest.raises(ConfigError, match=r"tensor_parallel is 8, but whet starts servers within one node, and 4 GPUs"):
+        plan(made(tmp_path, **spanning, **nodes, cluster__colocate=True, engine__sleep=True), has_gpus=True)
 
 
 def test_processes_without_nodes_are_spread_one_by_one(tmp_path: Path):

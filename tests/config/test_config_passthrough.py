@@ -47,13 +47,6 @@ def test_options_of_another_than_the_chosen_one_are_refused():
             {"cluster.colocate": True, "engine.use": "sglang", "engine.sleep": True, "engine.num_engines": 2},
             "2 x 1 = 2, but with cluster.colocate engines share the 1 GPU",
         ),
-        (
-            {
-                **{"cluster.address": "auto", "cluster.num_nodes": 2, "backend.use": "fsdp", "cluster.colocate": True},
-                **{"engine.use": "sglang", "engine.sleep": True, "engine.tensor_parallel": 2},
-            },
-            "an engine shares GPUs of one node, of which 1 train",
-        ),
         ({"cluster.address": "ray://head:10001"}, "another service of Ray.*ray job submit"),
         ({"cluster.address": "head"}, "give host:port, or auto"),
     ],

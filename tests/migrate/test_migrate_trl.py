@@ -366,9 +366,9 @@ def test_vllm_is_the_engine_where_it_is_used(imported: Import):
     base = "trl grpo --model_name_or_path m --dataset_name x --reward_funcs accuracy_reward --vllm_server_port 8123 "
     engine = loaded(imported("trl", base + "--use_vllm\n", "run.sh")).engine
     assert (engine.use, engine.address) == ("vllm", "http://127.0.0.1:8123")
-    more = "--use_vllm --vllm_mode colocate --vllm_tensor_parallel_size 2 --vllm_gpu_memory_utilization 0.3\n"
+    more = "--use_vllm --vllm_mode colocate --vllm_gpu_memory_utilization 0.3\n"
     config = loaded(imported("trl", base + more, "run.sh"))
-    assert (config.engine.use, config.engine.tensor_parallel, config.cluster.colocate) == ("vllm", 2, True)
+    assert (config.engine.use, config.engine.sleep, config.cluster.colocate) == ("vllm", True, True)
     assert (config.engine.options, config.engine.address) == ({"gpu_memory_utilization": 0.3}, None)
     result = imported("trl", base, "run.sh")
     assert loaded(result).engine.use == "local" and "vllm_server_port" in idle(result)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from whet.config.parallel_rules import SERVERS
 from whet.config.run import RunConfig
+from whet.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,10 @@ class Node:
 
 
 def plan(config: RunConfig, *, has_gpus: bool) -> Plan:
-    """What this run asks for. Every process has a GPU where the cluster has any and the run does not rule them out."""
+    """What this run asks for. Every process has a GPU where the cluster has any and the run does not rule them out.
+
+    Raises ConfigError for a colocated engine that would span nodes.
+    """
     cluster, engine = config.cluster, config.engine
     gpus = has_gpus and config.backend.device != "cpu"
     by_node = cluster.num_processes is None or cluster.num_processes == cluster.num_nodes * cluster.devices_per_node
@@ -72,6 +76,12 @@ def plan(config: RunConfig, *, has_gpus: bool) -> Plan:
     training = Bundle(cluster.cpus_per_process * per_bundle, per_bundle if gpus else 0)
     num_engines = engine.num_engines if engine.use in SERVERS and engine.address is None else 0
     devices = engine.tensor_parallel if gpus else 0
+    if cluster.colocate and num_engines and devices and per_bundle % devices:
+        raise ConfigError(
+            f"engine.tensor_parallel is {engine.tensor_parallel}, but whet starts servers within one node, and "
+            f"{per_bundle} GPUs of each train (cluster.devices_per_node); choose a divisor of it. Servers that span "
+            "nodes are yours to start: give them as engine.address, without cluster.colocate"
+        )
     own = Bundle(1.0, devices)
     return Plan(
         training=(training,) * (cluster.size // per_bundle),

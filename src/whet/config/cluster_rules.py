@@ -57,10 +57,3 @@ def _colocated(cluster: ClusterConfig, engine: EngineConfig) -> Iterator[Problem
             f"engine.num_engines x engine.tensor_parallel = {engine.num_engines} x {engine.tensor_parallel} = {asked}, "
             f"but with cluster.colocate engines share the {cluster.size} GPU(s) that train; lower one of them",
         )
-    per_node = cluster.devices_per_node
-    if cluster.address is not None and per_node % engine.tensor_parallel:
-        yield Problem(
-            ("engine", "tensor_parallel"),
-            f"engine.tensor_parallel is {engine.tensor_parallel}, but with cluster.colocate an engine shares GPUs of "
-            f"one node, of which {per_node} train (cluster.devices_per_node); choose a divisor of it",
-        )

@@ -94,7 +94,8 @@ def fsdp_settings(value: object) -> Converted:
 def _mode(value: object) -> Converted:
     if value not in ("server", "colocate"):
         raise Refused("must be server or colocate")
-    return {"cluster.colocate": True, "engine.use": Unless("vllm")} if value == "colocate" else {}
+    shares = {"cluster.colocate": True, "engine.use": Unless("vllm"), "engine.sleep": Unless(True)}
+    return shares if value == "colocate" else {}
 
 
 def _of_engine(name: str, target: str) -> Alias:
@@ -138,7 +139,11 @@ PROCESS_NAMES = [
         switch=True,
     ),
     converted(
-        _TRL, "vllm_mode", "cluster.colocate engine.use", _mode, f"`colocate` shares the trainer's GPUs; {_VLLM}"
+        _TRL,
+        "vllm_mode",
+        "cluster.colocate engine.use engine.sleep",
+        _mode,
+        f"`colocate` shares the trainer's GPUs; {_VLLM}",
     ),
     _of_engine("vllm_server_base_url", "engine.address"),
     _of_engine("vllm_server_timeout", "engine.start_timeout_s"),
