@@ -20,6 +20,18 @@ from whet.loop import Loop, Progress
 STATE_FILE = "loop.json"
 REFERENCE_FOLDER = "reference"
 """Beside the weights of a checkpoint, the reference that follows them."""
+LEARNS_ALIKE = (
+    *("log.", "checkpoint.", "output_dir", "cluster."),
+    *("backend.use", "backend.tensor_parallel", "backend.context_parallel", "backend.pipeline_parallel"),
+    *("backend.expert_parallel", "backend.sequence_parallel", "backend.reshard_after_forward", "backend.offload"),
+    *("backend.zero_stage", "backend.timeout_s", "backend.threads", "backend.memory_gb", "backend.head_chunk_mb"),
+    *("backend.activation_checkpointing", "backend.max_tokens_per_device", "backend.micro_batch_size"),
+    *("engine.address", "engine.num_engines", "engine.tensor_parallel", "engine.python", "engine.router"),
+    *("engine.start_timeout_s", "engine.timeout_s", "engine.health_interval_s", "engine.max_restarts"),
+    *("engine.sleep", "engine.publish.", "engine.max_concurrent", "engine.prefix_cache_mb", "engine.packed_weights"),
+    "engine.cache",
+)
+"""How names of settings begin that say where and how fast a run is computed, and what it tells: not what it learns."""
 
 
 class Walk(Protocol):
@@ -105,13 +117,13 @@ class Keeper:
     def changes(self) -> list[str]:
         """The settings that are others than those the found checkpoint was trained with, as `optim.lr: 0.1 -> 0.2`.
 
-        Those of the log and of checkpoints change nothing that is trained, and are left out.
+        Those that change nothing of what is learned (`LEARNS_ALIKE`) are left out.
         """
         path = self.found.parent / RUN_FILE if self.found is not None else None
         if path is None or not path.is_file():
             return []
         before, now = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(self.config.model_dump())
-        names = [name for name in {**before, **now} if not name.startswith(("log.", "checkpoint.", "output_dir"))]
+        names = [name for name in {**before, **now} if not name.startswith(LEARNS_ALIKE)]
         return [f"{n}: {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n)]
 
     def _check_method(self, folder: Path) -> None:

@@ -35,6 +35,7 @@ from whet.ranks.layout import Layout
 from whet.ranks.led import Led
 from whet.recipe import method_of
 from whet.served import SERVERS, server_engine
+from whet.weights.stamp import Stamp, stamp
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class Policy:
     backends: dict[str, Backend]
     crew: Crew | None = None
     """The ranks that the models are spread over, led from here."""
+    read: dict[str, Stamp] = field(default_factory=dict)
+    """The files of weights of what samples, by folder, as they were when they were read."""
     servers: dict[str, ServerEngine] = field(default_factory=dict)
     """Engines on servers that run, by the role of their model."""
 
@@ -147,7 +150,7 @@ class Policy:
         known = self.servers.get(role)
         if known is None or known.health()["status"] == "closed":
             known = server_engine(
-                self.config, self.backends[role], self.tokenizer, self.stop_token_ids, self.arithmetic
+                self.config, self.backends[role], self.tokenizer, self.stop_token_ids, self.arithmetic, self.read
             )
             self.servers[role] = known
         return known
@@ -219,6 +222,7 @@ def _load_policy(
     if train and arithmetic.device.type == "cpu" and config.model.dtype == "float16":
         raise ConfigError("model.dtype is 'float16', which a CPU does not train in; use float32 or bfloat16")
     torch.manual_seed(config.seed)
+    read = {path: stamp(path) for path in (config.model.path, config.distill.teacher) if path is not None}
     loader = _Loader(config, method, tokenizer, arithmetic, train, ranks)
     shared = {"values": True} if train and "values" in method.outputs_of("policy") else {}
     optim = config.optim if train else None
@@ -234,7 +238,7 @@ def _load_policy(
         backends["policy"].compute.learn_from(backends["teacher"].compute)
     stops = stop_token_ids(backends["policy"].model, tokenizer) if ranks is None else None
     stops = stops or stop_tokens_in_files(config.model, tokenizer)  # a part of a model may not know them
-    return Policy(config, method, tokenizer, stops, arithmetic, backends)
+    return Policy(config, method, tokenizer, stops, arithmetic, backends, read=read)
 
 
 def frozen_models(config: RunConfig, method: Method) -> dict[str, ModelConfig]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from whet.types import Sample, Unit
 from whet.weights.buckets import short
 from whet.weights.checkpoint_names import Naming, adapter_parameters, as_checkpoint
 from whet.weights.snapshot import Snapshot
+from whet.weights.stamp import Stamp, stamp
 
 SERVERS: dict[str, tuple[Callable[[], Any], Callable[[bool], str]]] = {
     "vllm": (vllm.Vllm, vllm.remedy),
@@ -41,8 +42,10 @@ def server_engine(
     tokenizer: PreTrainedTokenizerBase,
     stop_token_ids: Sequence[int],
     arithmetic: Arithmetic,
+    read: Mapping[str, Stamp],
 ) -> ServerEngine:
-    """An engine of servers that sample from the model of this backend. Raises ConfigError for what they cannot do."""
+    """An engine of servers that sample from the model of this backend; `read` tells of folders as they were when the
+    trainer read them. Raises ConfigError for what they cannot do."""
     if config.engine.sleep and arithmetic.device.type == "cpu" and config.engine.address is None:
         raise ConfigError(
             "engine.sleep is true, but servers on a CPU have no memory of a GPU to give up; remove it, or use a GPU"
@@ -74,6 +77,7 @@ def server_engine(
         first_device=0 if config.cluster.colocate else config.cluster.size,
         adapter=adapter,
         adapter_rank=rank,
+        read=read.get(inner.name_or_path) or stamp(inner.name_or_path),
         machines=lent_machines(),
     )
     dialect, remedy = SERVERS[engine.use]

@@ -375,6 +375,13 @@ def test_sections_of_ones_own_names_are_read_like_any_section():
     assert (of_set.num_samples, of_set.top_k, of_set.temperature) == (4, 5, None)
 
 
+def test_zero_for_what_is_done_every_so_often_says_how_it_is_not_done():
+    text = "model: tiny\ndata: {train: a, eval: b}\neval: {every_epochs: 0, batch_size: 0}\n"
+    error = error_of("sft", text)
+    assert "eval.every_epochs must be at least 1, got 0; leave it out to do without (from" in error
+    assert "eval.batch_size must be at least 1, got 0 (from" in error
+
+
 def test_what_is_wrong_within_a_section_of_ones_own_name_is_told_with_its_path():
     text = (
         "model: tiny\ndata: {train: a}\nreward: math\neval:\n  sets:\n    aime: {num_samples: 0, top_q: 1}\n    sums:\n"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
+import shutil
 from pathlib import Path
 
 import httpx2
@@ -17,6 +20,7 @@ from whet.types import Sampling
 from whet.weights.checkpoint_names import Naming, adapter_parameters, as_checkpoint
 from whet.weights.files import PREFIX
 from whet.weights.snapshot import Snapshot
+from whet.weights.stamp import stamp
 
 PROMPT = list(b"What is it?")
 
@@ -125,6 +129,37 @@ async def test_a_server_whose_weights_are_not_those_at_the_start_is_noticed(trai
             await engine.generate(PROMPT, Sampling(max_tokens=2))
     finally:
         await engine.close()
+
+
+async def test_a_folder_that_was_rewritten_after_the_trainer_read_it_is_named(
+    sglang_python, tiny_qwen, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr("whet.engines.servers.engine.TELL_S", 0.2)
+    caplog.set_level(logging.INFO, logger="whet")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_qwen, folder)
+    trainer, read = Trainer(folder), stamp(folder)
+    same = trainer.model.state_dict()["model.norm.weight"].clone()
+    trainer.change(seed=4, scale=0.2)
+    trainer.model.save_pretrained(folder)
+    trainer.model = Trainer(tiny_qwen).model
+    assert torch.equal(trainer.model.state_dict()["model.norm.weight"], same)
+    for known, says in (
+        (read, f"the files of {folder} have changed since the trainer read them: is another run writing there"),
+        (stamp(folder), "see, in this order, whether another run has rewritten .*dtype.*extension of its own: use sgl"),
+    ):
+        engine = engine_of("sglang", trainer, tmp_path, told={"read": known}, python=sglang_python)
+        try:
+            with pytest.raises(EngineError, match=f"has read {folder} without an error and computes something.*{says}"):
+                await engine.generate(PROMPT, Sampling(max_tokens=2))
+        finally:
+            await engine.close()
+    log = tmp_path / "engines" / "sglang-0.log"
+    began = caplog.messages.index(f"starting 1 sglang engine(s); log {log}; at most 600 s (engine.start_timeout_s)")
+    assert re.fullmatch(r"still starting \(\d+ s\)", caplog.messages[began + 1])
+    told = len(caplog.messages)
+    await asyncio.sleep(0.5)
+    assert len(caplog.messages) == told
 
 
 async def test_what_is_published_at_the_start_where_the_folder_is_not_the_policy(trainer, sglang_server, tmp_path):

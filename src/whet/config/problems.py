@@ -95,7 +95,7 @@ def _sentence(path: Path, errors: Iterable[Details], raw: Any, model: type[BaseM
         if kind in kinds:
             limit = kinds[kind]["ctx"][key]
             shown = f"{limit:g}" if isinstance(limit, float) else limit
-            return f"{name} must be {words} {shown}, got {show(raw)}"
+            return f"{name} must be {words} {shown}, got {show(raw)}{_switched_off(raw, setting)}"
     if "finite_number" in kinds:
         return f"{name} must be a finite number, got {show(raw)}"
     if "value_error" in kinds:  # raised by a validator of ours, which says it all
@@ -117,6 +117,13 @@ def _entry(path: Path, model: type[BaseModel]) -> Any:
 def _meaning(setting: Setting | None) -> str:
     words = setting.field.description if setting is not None else None
     return f" ({words[:1].lower()}{words[1:].rstrip('.')})" if words else ""
+
+
+def _switched_off(value: object, setting: Setting | None) -> str:
+    """How something that is done every so often is not done at all."""
+    if setting is None or value != 0 or setting.field.default is not None:
+        return ""
+    return "; leave it out to do without" if setting.path.rpartition(".")[2].startswith("every_") else ""
 
 
 def _hint(value: object, annotation: Any) -> str:

@@ -24,25 +24,29 @@ from whet.engines.servers.request import Request
 from whet.engines.servers.router import Router
 from whet.engines.servers.server import CONTROL_S, Server
 from whet.engines.servers.transports import ByBroadcast, ByFile, ByHandle, Transport
-from whet.engines.servers.verify import Expected
+from whet.engines.servers.verify import Expected, why_unlike
 from whet.errors import EngineError
 from whet.types import Completion, Sampling
 from whet.weights.files import WeightFolder, place_for
 from whet.weights.snapshot import Snapshot
+from whet.weights.stamp import Stamp
 
 logger = logging.getLogger(__name__)
+
+TELL_S = 30.0
+"""Seconds between two lines that say that servers are still starting."""
 
 
 @dataclass(frozen=True)
 class Served:
     """What servers are to sample from, and what is known of it.
 
-    `model` is the folder of the weights that they begin with; `holds_current` says whether these are the policy's now,
-    and `snapshot` gives what is, by the version that it is to have. `expected` gives the trainer's own logprobs to
-    check against, `precise` says whether both sides compute in float32. `stands_still` says that the policy does not
-    change while completions are sampled. `adapter` is peft's configuration of an adapter, and `adapter_rank` its rank,
-    where one is trained on what the folder holds and sent alone. `machines` are those that a cluster lends, one for
-    each server; without them servers run on this one.
+    `model` is the folder of the weights that they begin with, `read` its files as the trainer read them;
+    `holds_current` says whether these are the policy's now, and `snapshot` gives what is, by the version that it is to
+    have. `expected` gives the trainer's own logprobs to check against, `precise` says whether both sides compute in
+    float32. `stands_still` says that the policy does not change while completions are sampled. `adapter` is peft's
+    configuration of an adapter, and `adapter_rank` its rank, where one is trained on what the folder holds and sent
+    alone. `machines` are those that a cluster lends, one for each server; without them servers run on this one.
     """
 
     model: str
@@ -65,6 +69,7 @@ class Served:
     machines: Sequence[Machine] = ()
     adapter: str | None = None
     adapter_rank: int | None = None
+    read: Stamp = field(default_factory=dict)
 
 
 class ServerEngine:
@@ -79,7 +84,7 @@ class ServerEngine:
         self._bridge = Bridge(f"whet {dialect.name} servers")
         self._router = Router(config, served.output_dir / "engines") if config.router == "sglang-router" else None
         self._fleet = Fleet(self._servers(), config, frozenset(served.stop_token_ids), self._restore, self._router)
-        adapter = self._adapter()
+        adapter, told = self._adapter(), remedy(config.address is not None)
         self._publisher = Publisher(
             self._fleet,
             self._bridge,
@@ -90,11 +95,14 @@ class ServerEngine:
             expected=served.expected,
             precise=served.precise,
             adapter=adapter,
-            remedy=remedy(config.address is not None),
+            remedy=told,
+            begun=served.model if config.address is None else None,
+            unlike=lambda: why_unlike(served.model, served.read, told),
         )
         self._closed = self._asleep = False
+        self._began = time.monotonic()
         self._started: asyncio.Future[None] | None = None
-        self._starting = asyncio.run_coroutine_threadsafe(self._fleet.start(), self._bridge.loop)
+        self._starting = asyncio.run_coroutine_threadsafe(self._start(), self._bridge.loop)
         self._first = True
         self._early: set[Request] = set()
         """Requests that wait for the servers to come up."""
@@ -102,7 +110,6 @@ class ServerEngine:
         self._gate_loop: asyncio.AbstractEventLoop | None = None
         self._caller: asyncio.AbstractEventLoop | None = None
         self._rescuing: set[asyncio.Task[None]] = set()
-        self._began = time.monotonic()
         atexit.register(self._abandon)
 
     # --- what it is made of -------------------------------------------------------------------------------
@@ -307,6 +314,30 @@ class ServerEngine:
             if self._first:
                 self._first = False
                 await self._begin()
+
+    async def _start(self) -> None:
+        """Bring the servers up, and say meanwhile that this is what is waited for."""
+        telling = asyncio.create_task(self._tell_start())
+        try:
+            await self._fleet.start()
+        finally:
+            telling.cancel()
+
+    async def _tell_start(self) -> None:
+        if self._config.address is not None:
+            return
+        count, kind = len(self._fleet.servers), self._dialect.name
+        which = f"{kind}-0.log" if count == 1 else f"{kind}-*.log"
+        logger.info(
+            "starting %d %s engine(s); log %s; at most %g s (engine.start_timeout_s)",
+            count,
+            kind,
+            self._served.output_dir / "engines" / which,
+            self._config.start_timeout_s,
+        )
+        while True:
+            await asyncio.sleep(TELL_S)
+            logger.info("still starting (%.0f s)", time.monotonic() - self._began)
 
     async def _begin(self) -> None:
         served = self._served

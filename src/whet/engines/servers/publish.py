@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -30,7 +30,8 @@ class Publisher:
 
     `dtype` is what the servers hold weights in. `expected` gives the trainer's logprobs, to check with; `precise` says
     whether both sides compute in float32. `adapter` is the place and the configuration of an adapter where that alone
-    is sent. `remedy` says what to do when a server does not compute with what it was given.
+    is sent. `remedy` says what to do when a server does not compute with what it was given, `unlike` where it has read
+    the model's folder `begun` by itself.
     """
 
     def __init__(
@@ -46,10 +47,13 @@ class Publisher:
         precise: bool,
         adapter: tuple[Path, str] | None,
         remedy: str,
+        begun: str | None,
+        unlike: Callable[[], str],
     ) -> None:
         self._fleet, self._bridge, self._config, self._transport = fleet, bridge, config, transport
         self._dtype, self._expected, self._precise = dtype, expected, precise
         self._prompt, self._adapter, self._remedy = probe_prompt(vocabulary), adapter, remedy
+        self._begun, self._unlike = begun, unlike
         self.version = 0
         self.published = 0
         self.busy = False
@@ -185,11 +189,15 @@ class Publisher:
         if self._expected is None:
             return
         answers = await self._bridge.run(self._fleet.each(lambda server: ask(server, self._prompt)))
+        why, did = self._remedy, f"taken in the weights of version {self.version}"
+        if self._begun is not None and not self.published:
+            why, did = self._unlike(), f"read {self._begun}"
         for server in servers:
             if (probe := answers.get(server.index)) is None:
                 continue
             apart = differences(probe, self._prompt, self._expected)
-            judge(server, probe, apart, self._probes.get(server.index), changed, self._precise, self._remedy)
+            before = self._probes.get(server.index)
+            judge(server, probe, apart, before, changed, self._precise, why, did)
             self._probes[server.index] = probe
             worst = max(apart[0], self._metrics.get("engine/probe_logprob_diff", 0.0))
             self._metrics["engine/probe_logprob_diff"] = worst

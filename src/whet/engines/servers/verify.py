@@ -10,6 +10,7 @@ from whet.engines.servers.server import Server
 from whet.errors import EngineError
 from whet.types import Sampling
 from whet.weights.bits import Sums, differing, of_engine
+from whet.weights.stamp import Stamp, stamp
 
 Expected = Callable[[Sequence[int], int], Sequence[float]]
 """`expected(tokens, n)`: the trainer's own logprobs, at temperature 1, of the last `n` of the tokens."""
@@ -56,11 +57,12 @@ def judge(
     changed: bool,
     precise: bool,
     why: str,
+    did: str,
 ) -> None:
     """Raises EngineError unless the server computes with the weights that it was given.
 
     `before` is its answer under earlier weights, `changed` whether what was sent since is different, `precise` whether
-    both sides compute in float32, `why` what to do.
+    both sides compute in float32, `why` what to do, `did` how the server came to its weights.
     """
     largest, mean = LIMITS["float32" if precise else "other"]
     same = changed and before is not None and before == probe
@@ -70,9 +72,20 @@ def judge(
         "answers as before, to the last digit, although the weights have changed" if same else "computes something else"
     )
     raise EngineError(
-        f"{server.name} has taken in the weights of version {server.version} without an error and {told}: logprobs of "
-        f"{len(probe.tokens)} tokens differ from the trainer's by up to {apart[0]:.4g} (mean {apart[1]:.4g}, expected "
-        f"at most {largest:g}). It samples from another policy than the one that is trained; {why}"
+        f"{server.name} has {did} without an error and {told}: logprobs of {len(probe.tokens)} tokens "
+        f"differ from the trainer's by up to {apart[0]:.4g} (mean {apart[1]:.4g}, expected at most "
+        f" {largest:g}). It samples from another policy than the one that is trained; {why}"
+    )
+
+
+def why_unlike(folder: str, read: Stamp, remedy: str) -> str:
+    """Why a server that read a folder by itself computes something else than the trainer, for which the files were as
+    `read` tells."""
+    if read and stamp(folder) != read:
+        return f"the files of {folder} have changed since the trainer read them: is another run writing there?"
+    return (
+        f"see, in this order, whether another run has rewritten {folder}, whether the server computes in another dtype "
+        f"than the trainer or quantises (engine.options), and whether it has an extension of its own: {remedy}"
     )
 
 
