@@ -14,6 +14,7 @@ from tests.runs import config_of, sums, write_rows
 from whet.check.examine import examine
 from whet.check.memory import estimate, this_device
 from whet.cli import main
+from whet.config.loader import load
 from whet.config.run import RunConfig
 from whet.errors import ConfigError, ModelError
 from whet.hardware import GIB, Machines, read_machines
@@ -24,7 +25,7 @@ from whet.plan.known import known_config
 from whet.plan.load import load_of, measured
 from whet.plan.models import sized
 from whet.plan.remedies import changed, remedies
-from whet.plan.report import show_remedy
+from whet.plan.report import flags, show_remedy
 
 EIGHT = read_machines("8xH100-80G")
 
@@ -99,8 +100,20 @@ def test_the_best_layout_is_the_fastest_that_fits_and_can_be_written_down(shape:
     best = planned.best
     assert best is not None and best.fits and best.speed is not None
     assert all(best.speed.step_s <= 1.06 * one.speed.step_s for one in planned.candidates if one.fits and one.speed)
-    again = arrangement_of(changed(planned.config, settings_of(best.how, 8)), samples=True)
+    again = arrangement_of(changed(planned.config, settings_of(best.how, 8, planned.config)), samples=True)
     assert again == best.how
+
+
+@pytest.mark.parametrize("example", ["glm4-9b-grpo/disaggregated", "qwen3-30b-a3b-grpo/grpo"])
+def test_the_printed_flags_make_the_best_layout_of_a_file_that_says_another(example: str):
+    path = str(Path(__file__).parents[2] / "examples" / f"{example}.yaml")
+    planned = Planned(load(None, path, []).config, EIGHT)
+    others = [one.how for one in planned.candidates[:: max(1, len(planned.candidates) // 8)]]
+    assert planned.best is not None
+    for how in (planned.best.how, *others):
+        printed = flags(settings_of(how, 8, planned.config)).split()
+        assert arrangement_of(load(None, path, printed).config, samples=True) == how
+    assert not settings_of(planned.configured.how, 8, planned.config), "what is as it should be is not printed"
 
 
 @pytest.mark.parametrize("backend", ["fsdp", "deepspeed", "megatron"])
@@ -110,18 +123,18 @@ def test_every_candidate_is_a_configuration_without_faults(shape: Path, backend:
     assert len(seen) > 4
     for how in seen:
         assert how.total <= 8
-        assert arrangement_of(changed(planned.config, settings_of(how, 8)), samples=True) == how
+        assert arrangement_of(changed(planned.config, settings_of(how, 8, planned.config)), samples=True) == how
 
 
 def test_devices_that_are_not_there_are_counted(shape: Path):
     settings = {"backend__use": "fsdp", "cluster__num_processes": 6, "engine__use": "vllm", "engine__num_engines": 4}
     assert Planned(grpo(shape, **settings), EIGHT).configured.missing == 2
-    together = Planned(grpo(shape, **settings, cluster__colocate=True), EIGHT).configured
+    together = Planned(grpo(shape, **settings, cluster__colocate=True, engine__sleep=True), EIGHT).configured
     assert together.missing == 0
 
 
 def test_remedies_add_up_until_the_run_fits_and_then_say_how_many_machines_would_do(shape: Path):
-    planned = Planned(grpo(shape, rollout__max_tokens=65536, rollout__group_size=8, engine__use="vllm"), small(7, 1))
+    planned = Planned(grpo(shape, rollout__max_tokens=65536, rollout__group_size=8, engine__use="vllm"), small(1.2, 1))
     assert planned.best is None
     found = list(remedies(planned))
     *before, last = [one for one in found if "--gpus" not in one.settings]
@@ -152,8 +165,9 @@ def test_the_command_plans_and_its_exit_says_whether_it_fits(
     run.write_text(f"method: sft\nmodel: {{path: {shape}}}\ndata: {{train: rows.jsonl}}\n")
     assert main(["plan", str(run), "--gpus", "2xA100-40G"]) == 0
     said = capsys.readouterr().out
-    for text in ("as configured: local on 1", "best of", "--backend.use fsdp --cluster.num_processes 2", "tokens/s"):
+    for text in ("as configured: local on 1", "best of", "--backend.use fsdp --cluster.num_processes 2", "1.5M"):
         assert text in said
+    assert "a step takes" not in said, "of so small a model time says nothing"
     assert main(["plan", str(run), "--gpus", "9xQ1"]) == 2
     assert main(["plan", str(run), "--nodes", "0"]) == 2
 

@@ -120,11 +120,16 @@ def load_method(run):
     return Planned(run, None).method
 
 
-def test_a_unit_is_never_cut_however_long_it_is():
+def test_a_group_is_cut_between_its_rows_and_a_pair_is_not():
     run = config(QWEN, rollout__group_size=8, rollout__max_tokens=4096, backend__max_tokens_per_device=4096)
     load = load_of(run, load_method(run))
-    assert load.micro(run).tokens == load.longest_unit == 512 + 8 * 4096
+    assert load.longest_unit == 512 + 8 * 4096
+    assert load.micro(run).tokens == load.longest_row == 512 + 4096
+    assert load.micro(run, context=4).tokens == 4 * 4096
     assert load.micro(run).again
+    pairs_run = config(QWEN, "dpo", data__max_length=8192, backend__max_tokens_per_device=4096)
+    pairs_load = load_of(pairs_run, load_method(pairs_run))
+    assert pairs_load.micro(pairs_run).tokens == pairs_load.longest_unit > 8192
     short = config(QWEN, rollout__max_tokens=64, data__max_prompt_length=64)
     assert load_of(short, load_method(short)).micro(short, context=4).tokens == min(8192 * 4, 32 * (64 + 8 * 64))
 

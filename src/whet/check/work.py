@@ -28,6 +28,25 @@ class Units:
 
     tokens: np.ndarray
     trained: np.ndarray
+    rows: int = 1
+    """Rows of each unit, all as long as each other, between which a unit is cut that is larger than a micro-batch;
+    1 where a unit is a single row, or its rows stay together."""
+    shared: np.ndarray | None = None
+    """[U] tokens that rows of a unit share."""
+
+    def cut(self, units: np.ndarray, max_tokens: int) -> Units:
+        """These units, the larger ones in parts, as `Batch.refined` cuts them."""
+        if self.rows == 1:
+            return Units(self.tokens[units], self.trained[units])
+        shared = 0 if self.shared is None else self.shared[units]
+        whole, each = self.tokens[units], (self.tokens[units] - shared) // self.rows
+        most = np.where(whole <= max_tokens, self.rows, np.clip((max_tokens - shared) // each, 1, self.rows))
+        parts = -(-self.rows // most)
+        first = np.cumsum(parts) - parts
+        place = np.arange(parts.sum()) - np.repeat(first, parts)
+        rows = np.minimum(np.repeat(most, parts), self.rows - place * np.repeat(most, parts))
+        tokens = np.repeat(np.broadcast_to(shared, whole.shape), parts) + rows * np.repeat(each, parts)
+        return Units(tokens, rows * np.repeat(self.trained[units] // self.rows, parts))
 
 
 @dataclass(frozen=True)
@@ -54,7 +73,8 @@ def units_of_prompts(prompts: Prompts, config: RunConfig, *, shares: bool) -> Un
     lengths = np.array([len(prompt.tokens) for prompt in prompts.prompts])
     group, longest = config.rollout.group_size, config.rollout.max_tokens
     trained = np.full(len(lengths), group * longest)
-    return Units(lengths * (1 if shares else group) + trained, trained)
+    tokens = lengths * (1 if shares else group) + trained
+    return Units(tokens, trained, group, lengths if shares else None)
 
 
 def work_of(units: Units, schedule: Schedule, config: RunConfig, *, decoded_length: int = 0) -> Work:
@@ -75,13 +95,14 @@ def work_of(units: Units, schedule: Schedule, config: RunConfig, *, decoded_leng
 
 
 def _largest_micro(units: Units, step: Sequence[int] | np.ndarray, config: RunConfig) -> Micro:
-    sizes, backend = units.tokens[step].tolist(), config.backend
+    backend = config.backend
+    pieces = units.cut(np.asarray(step), backend.max_tokens_per_device)
+    sizes = pieces.tokens.tolist()
     cut = micro_batches(sizes, backend.max_tokens_per_device, backend.micro_batch_size)
     largest = max(cut, key=lambda part: sum(sizes[i] for i in part))
-    chosen = np.asarray(step)[largest]
     return Micro(
-        tokens=int(units.tokens[chosen].sum()),
-        looks=max(1, int(units.trained[chosen].sum())),
+        tokens=int(pieces.tokens[largest].sum()),
+        looks=max(1, int(pieces.trained[largest].sum())),
         again=len(cut) > 1,
-        gathered=bool(units.tokens[chosen].mean() < SHORT),
+        gathered=bool(pieces.tokens[largest].mean() < SHORT),
     )

@@ -103,34 +103,55 @@ def arrangement_of(config: RunConfig, *, samples: bool) -> Arrangement:
     )
 
 
-def settings_of(how: Arrangement, per_node: int) -> dict[str, Any]:
-    """The settings that say it, as flags name them."""
-    nodes = -(-how.devices // per_node)
-    found: dict[str, Any] = {"backend.use": how.backend}
-    if nodes > 1:
-        found |= {"cluster.num_nodes": nodes, "cluster.devices_per_node": how.devices // nodes}
-    elif how.devices > 1:
-        found["cluster.num_processes"] = how.devices
-    sizes = {
-        **{"tensor_parallel": how.tensor, "context_parallel": how.context, "pipeline_parallel": how.pipeline},
-        "expert_parallel": how.expert,
+def settings_of(how: Arrangement, per_node: int, config: RunConfig) -> dict[str, Any]:
+    """The settings that make this arrangement of a configuration, as flags name them: all whose value differs there."""
+    wanted: dict[str, Any] = {"backend.use": how.backend} | _processes(how, per_node, config)
+    wanted |= {
+        **{"backend.tensor_parallel": how.tensor, "backend.context_parallel": how.context},
+        **{"backend.pipeline_parallel": how.pipeline, "backend.expert_parallel": how.expert},
+        **{"backend.sequence_parallel": how.sequence, "backend.activation_checkpointing": how.checkpointing},
     }
-    found |= {f"backend.{name}": size for name, size in sizes.items() if size > 1}
-    if how.backend == "megatron":
-        found |= {"backend.sequence_parallel": True} if how.sequence else {}
-        found |= {"backend.options.optimizer_cpu_offload": True} if how.offload != "none" else {}
-        found |= {"backend.options.expert_tensor_parallel_size": 1} if how.expert_tensor < how.tensor else {}
-    elif how.offload != "none":
-        found["backend.offload"] = how.offload
-    found |= {"backend.zero_stage": how.zero_stage} if how.backend == "deepspeed" else {}
-    found |= {"backend.activation_checkpointing": True} if how.checkpointing else {}
-    if how.engine == "local":
-        found["engine.use"] = "local"
-    if how.engines:
-        found |= {"engine.use": how.engine, "engine.num_engines": how.engines}
-        found |= {"engine.tensor_parallel": how.engine_tensor} if how.engine_tensor > 1 else {}
-        found |= {"cluster.colocate": True, "engine.sleep": True} if how.colocate else {}
+    if how.backend == "deepspeed":
+        wanted["backend.zero_stage"] = how.zero_stage
+    if how.backend != "megatron":
+        wanted["backend.offload"] = how.offload
+    if how.engine in ("local", *SERVERS):
+        served = how.engine in SERVERS
+        wanted |= {"engine.use": how.engine, "engine.num_engines": how.engines if served else 1}
+        wanted |= {"engine.tensor_parallel": how.engine_tensor if served else 1}
+        wanted |= {"cluster.colocate": how.colocate, "engine.sleep": how.sleep}
+    changed = {name: value for name, value in wanted.items() if _value(config, name) != value}
+    return changed | (_options(how, config) if how.backend == "megatron" else {})
+
+
+def _processes(how: Arrangement, per_node: int, config: RunConfig) -> dict[str, Any]:
+    nodes = -(-how.devices // per_node)
+    if nodes == 1:
+        return {} if config.cluster.size == how.devices else {"cluster.num_processes": how.devices}
+    found: dict[str, Any] = {"cluster.num_nodes": nodes, "cluster.devices_per_node": how.devices // nodes}
+    if config.cluster.num_processes is not None:
+        found["cluster.num_processes"] = how.devices
     return found
+
+
+def _options(how: Arrangement, config: RunConfig) -> dict[str, Any]:
+    """Options of Megatron that differ, under the names that the configuration writes them by."""
+    given = config.backend.options
+    names = {name.replace("-", "_"): name for name in given}
+    found: dict[str, Any] = {}
+    for option, value, default in (
+        ("optimizer_cpu_offload", how.offload != "none", False),
+        ("expert_tensor_parallel_size", how.expert_tensor, how.tensor),
+    ):
+        name = names.get(option, option)
+        if (given.get(name) or default) != value:
+            found[f"backend.options.{name}"] = value
+    return found
+
+
+def _value(config: RunConfig, name: str) -> Any:
+    section, setting = name.split(".")
+    return getattr(getattr(config, section), setting)
 
 
 def others(base: Arrangement, model: Sized, machines: Machines, *, samples: bool) -> Iterator[Arrangement]:

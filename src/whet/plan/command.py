@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.text import Text
 
 from whet.config.run import RunConfig
 from whet.errors import ConfigError
@@ -43,7 +42,7 @@ def plan(config: RunConfig, console: Console, wanted: Wanted, lengths: Lengths |
     if best is not None and best.how != planned.configured.how:
         report.show_best(planned, best, console)
     if best is None and not planned.configured.fits:
-        console.print(Text(f"nothing fits on {machines}; in this order:", style="bold red"))
+        report.show_nearest(planned, console)
         for number, remedy in enumerate(remedies(planned), 1):
             report.show_remedy(number, remedy, console)
     report.show_rates(console)

@@ -13,6 +13,8 @@ from whet.data.prepared import Prepared
 from whet.methods import Method
 from whet.roles import resamples
 
+PAIRED = ("preference", "reward")
+"""Tasks whose losses compare the rows of a unit."""
 PROMPT_SHARE = 0.25
 """Of a row whose lengths are not known, what is its prompt."""
 MEAN_SHARE = 0.5
@@ -40,6 +42,13 @@ class Load:
     epochs: int
     shares: bool
     samples: bool
+    paired: bool = False
+    """Rows of a unit are compared by the loss, and stay together."""
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of one sequence that is as long as it may be."""
+        return self.lengths.longest_prompt + self.lengths.longest_response
 
     @property
     def tokens(self) -> float:
@@ -70,20 +79,21 @@ class Load:
     def micro(self, config: RunConfig, *, data: int = 1, context: int = 1) -> Micro:
         """The largest micro-batch, of one of `data` shares of a step, before `context` devices share its tokens.
 
-        One unit never comes apart, however long it is.
+        A unit that is longer is cut between its rows, but for pairs (see `Batch.refined`); a row never is.
         """
         backend, part = config.backend, max(1.0, self.units / self.updates / data) * self.longest_unit
         room = backend.max_tokens_per_device * context
+        longest = self.longest_unit if self.paired else min(self.longest_unit, max(room, self.longest_row))
         if backend.micro_batch_size is not None:
-            room = min(room, backend.micro_batch_size * self.longest_unit)
-        tokens = int(max(self.longest_unit, min(room, part)))
+            room = min(room, backend.micro_batch_size * longest)
+        tokens = int(max(self.longest_row if not self.paired else longest, min(room, part)))
         share = self.rows * self.lengths.longest_response / max(1, self.longest_unit)
         return Micro(tokens, max(1, int(tokens * min(1.0, share))), part > tokens, self.longest_unit < SHORT)
 
     def work(self, config: RunConfig, *, samples: bool) -> Work:
         """The same for the estimate of a run on one device, which may sample as well."""
         decoded = min(config.engine.max_concurrent, self.sequences) if samples else 0
-        longest = self.lengths.longest_prompt + self.lengths.longest_response if samples else 0
+        longest = self.longest_row if samples else 0
         return Work(int(self.units * self.longest_unit / self.updates), self.micro(config), decoded, longest)
 
     def _tokens(self, prompt: int, response: int) -> int:
@@ -94,13 +104,7 @@ def load_of(config: RunConfig, method: Method, lengths: Lengths | None = None) -
     """The load of a run, by what its configuration says of lengths where they are not given."""
     sampled = method.source == "prompts"
     again = not sampled and resamples(config, method)
-    rows = (
-        config.rollout.group_size
-        if config.method in REINFORCES
-        else 2
-        if method.task in ("preference", "reward")
-        else 1
-    )
+    rows = config.rollout.group_size if config.method in REINFORCES else 2 if method.task in PAIRED else 1
     return Load(
         lengths=lengths or assumed(config, method),
         units=config.rollout.prompts_per_step if sampled else config.train.batch_size * config.train.accumulation,
@@ -109,6 +113,7 @@ def load_of(config: RunConfig, method: Method, lengths: Lengths | None = None) -
         epochs=config.rollout.num_ppo_epochs if sampled else 1,
         shares=config.model.attention in ("auto", "tree"),
         samples=sampled or again,
+        paired=method.task in PAIRED,
     )
 
 

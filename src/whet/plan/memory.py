@@ -34,7 +34,7 @@ def of_training(
     half = in_half(config, on_gpu=machines is not None)
     if how.backend == "local":
         return _of_one(config, method, models, how, load, available, half)
-    static = {"process": float(PROCESS)} if machines is None else {"context": CUDA_CONTEXT + COLLECTIVES}
+    static = {"process": float(PROCESS)} if machines is None else {"driver, kernels": CUDA_CONTEXT + COLLECTIVES}
     policy = divided(models.policy, how, half)
     static |= {
         **{"weights": policy.weights, "gathered weights": policy.gathered * (1 + SLACK), "optimizer": policy.optimizer},
@@ -65,7 +65,7 @@ def of_training(
 def of_sampling(config: RunConfig, models: Models, how: Arrangement, load: Load, machines: Machines) -> Estimate:
     """The moment of a device that only samples."""
     parts = server_parts(config, models.policy, how, load, machines)
-    moment = Moment("sampling", {"context": float(CUDA_CONTEXT), **parts})
+    moment = Moment("sampling", {"driver, kernels": float(CUDA_CONTEXT), **parts})
     return Estimate("cuda", (moment,), int(machines.gpu.memory * USABLE))
 
 

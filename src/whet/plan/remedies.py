@@ -29,7 +29,8 @@ Change = Callable[[RunConfig, Planned], Mapping[str, Any]]
 
 
 def _fewer_tokens(config: RunConfig, planned: Planned) -> Mapping[str, Any]:
-    least = max(1024, planned.load.longest_unit)
+    load = planned.load
+    least = max(1024, load.longest_unit if load.paired else load.longest_row)
     return {"backend.max_tokens_per_device": least} if config.backend.max_tokens_per_device > least else {}
 
 
