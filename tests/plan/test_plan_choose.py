@@ -134,7 +134,7 @@ def test_devices_that_are_not_there_are_counted(shape: Path):
 
 
 def test_remedies_add_up_until_the_run_fits_and_then_say_how_many_machines_would_do(shape: Path):
-    planned = Planned(grpo(shape, rollout__max_tokens=65536, rollout__group_size=8, engine__use="vllm"), small(1.2, 1))
+    planned = Planned(grpo(shape, rollout__max_tokens=524288, rollout__group_size=8, engine__use="vllm"), small(7, 1))
     assert planned.best is None
     found = list(remedies(planned))
     *before, last = [one for one in found if "--gpus" not in one.settings]
