@@ -24,8 +24,8 @@ class BackendConfig(Config):
     threads: int = Field(default=0, ge=0)
     """CPU threads; 0 leaves PyTorch's choice."""
     max_tokens_per_device: int = Field(default=8192, ge=1)
-    """Most tokens in one micro-batch, counting shared prefixes once. A longer unit is a micro-batch of
-    its own."""
+    """Most tokens in one micro-batch, counting shared prefixes once. A group that is longer is cut between its
+    completions; a pair, or a single row, that is longer is a micro-batch of its own."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Most units in one micro-batch, on top of `max_tokens_per_device`."""
     activation_checkpointing: bool = False
